@@ -1,0 +1,1 @@
+"""GUEST: runs as init inside every VM. Standard library only; imports nothing else of the package."""

@@ -1,0 +1,132 @@
+"""Frozen values that every layer of the manager shares. No behaviour beyond arithmetic on their own fields."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network
+
+GATEWAY = IPv4Address("172.16.0.1")
+GUEST_NETWORK = IPv4Network("172.16.0.0/16")
+GUEST_UID = 1000
+WORKSPACE = "/workspace"
+
+# Slots are host-wide: each manager on a host owns one block of SLOTS_PER_BLOCK, so that two managers never share
+# an address or a link name. 64 blocks of 1024 fill 172.16.0.0/16; the first 256 slots stay unused (gateway, .0.x).
+SLOTS_PER_BLOCK = 1024
+FIRST_USABLE_SLOT = 256
+
+
+class State(StrEnum):
+    CREATING = "CREATING"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    STOPPING = "STOPPING"
+    STOPPED = "STOPPED"
+    PAUSED = "PAUSED"
+    ERROR = "ERROR"
+    DELETING = "DELETING"  # internal: never shown, the VM is already unknown to callers
+
+
+class Isolation(StrEnum):
+    """What separates the guest from the host's kernel, strongest first."""
+
+    HARDWARE_VM = "hardware-vm"
+    EMULATED_VM = "emulated-vm"
+    APPLICATION_KERNEL = "application-kernel"
+
+
+class ProvisionMode(StrEnum):
+    BOOT = "boot"
+    SNAPSHOT = "snapshot"
+
+
+@dataclass(frozen=True, slots=True)
+class EgressPolicy:
+    """Where the VM's packets may go. `outbound=False` means nowhere, whatever the lists say."""
+
+    outbound: bool = False
+    allow_ips: tuple[IPv4Network, ...] = ()
+    allow_domains: tuple[str, ...] = ()  # lower case, no trailing dot; "*.example.com" matches subdomains only
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One integer from which every host name of a VM is derived; unique on the host while its record exists."""
+
+    number: int
+
+    @property
+    def block(self) -> int:
+        return self.number // SLOTS_PER_BLOCK
+
+    @property
+    def link(self) -> str:
+        """Name of the host end of the VM's link: at most 15 bytes (IFNAMSIZ - 1)."""
+        return f"rds{self.block}-{self.number % SLOTS_PER_BLOCK}"
+
+    @property
+    def netns(self) -> str:
+        """Name of the network namespace in /run/netns; the same as the link's, one word to search for."""
+        return self.link
+
+    @property
+    def guest_ip(self) -> IPv4Address:
+        return GUEST_NETWORK.network_address + self.number
+
+    @property
+    def guest_mac(self) -> str:
+        """Locally administered, derived from the address so that it is unique on the host."""
+        octets = self.guest_ip.packed
+        return "02:fd:" + ":".join(f"{b:02x}" for b in octets)
+
+
+@dataclass(frozen=True, slots=True)
+class VmSpec:
+    """What the caller asked for, parsed and within the limits of the settings."""
+
+    cpu: int
+    mem_mb: int
+    disk_mb: int
+    policy: EgressPolicy
+    engine: str  # a concrete engine name, never "auto"
+    image_id: str
+    snapshot_id: str | None = None
+    name: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VmRecord:
+    """One row of the database: the truth about a VM from before its first side effect until after its last."""
+
+    id: str
+    node_id: str
+    slot: Slot
+    spec: VmSpec
+    state: State
+    isolation: Isolation
+    provision_mode: ProvisionMode
+    boot_id: str | None  # new at each boot of the guest
+    reason: str | None  # why the VM is in ERROR or was stopped by us
+    created_at: datetime
+    started_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asked, and the id under which the request is found in logs."""
+
+    request_id: str
+    who: str  # "key:<id>", "session:<email>" or "manager"
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def new_vm_id() -> str:
+    """`vm-` and 16 hex digits. Fixed length: runsc matches ids by prefix."""
+    return "vm-" + secrets.token_hex(8)
