@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network
+from typing import Literal
 
 GATEWAY = IPv4Address("172.16.0.1")
 GUEST_NETWORK = IPv4Network("172.16.0.0/16")
@@ -121,6 +123,112 @@ class Caller:
 
     request_id: str
     who: str  # "key:<id>", "session:<email>" or "manager"
+
+
+# --- requests: what callers ask for, parsed at the edge and within its limits, and what they are shown ---------------
+
+
+@dataclass(frozen=True, slots=True)
+class CreateVm:
+    """`None` means "whatever the server's default is"."""
+
+    cpu: int
+    mem_mb: int
+    disk_mb: int | None = None
+    allow_ips: tuple[IPv4Network, ...] = ()
+    outbound: bool = False
+    allow_domains: tuple[str, ...] = ()  # lower case, IDNA, no trailing dot
+    engine: str | None = None
+    image_id: str | None = None
+    snapshot_id: str | None = None
+    name: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExecCall:
+    cmd: str
+    cwd: str = WORKSPACE
+    env: Mapping[str, str] = field(default_factory=dict)
+    timeout_ms: int = 120_000
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptCall:
+    """Exactly one of `code` and `path` is set. `flags` go to the interpreter, `args` to the script."""
+
+    language: Literal["ts", "js"]
+    code: str | None = None
+    path: str | None = None
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    timeout_ms: int = 120_000
+
+
+CallType = Literal["exec", "run-ts", "run-js", "upload", "download"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogView:
+    """The tail of one of a VM's logs. `truncated` says that older lines exist."""
+
+    type: str
+    lines: tuple[str, ...]
+    truncated: bool
+    updated_at: datetime | None  # None while nothing was written
+
+
+@dataclass(frozen=True, slots=True)
+class ExecLogEntry:
+    """One call into a VM. The values of its environment are never kept."""
+
+    id: str
+    vm_id: str
+    type: CallType
+    input: str  # command, code, script path or file path; its head only when it was long
+    input_truncated: bool
+    exit_code: int | None
+    duration_ms: int | None
+    started_at: datetime
+    finished_at: datetime | None  # None while it runs
+    bytes_in: int  # size of the input or of the upload
+    bytes_out: int  # stdout and stderr together, or the size of the download
+    timed_out: bool
+    error: str | None  # code of the error that ended it; "interrupted" when the manager ended first
+    request_id: str
+    who: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExecLogPage:
+    entries: tuple[ExecLogEntry, ...]  # newest first
+    has_more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ActivityEntry:
+    """Something that happened to a VM or to the server's credentials; kept after the VM is gone."""
+
+    id: int
+    at: datetime
+    kind: str  # "vm.create", "vm.start", "vm.stop", "vm.destroy", "vm.died", "key.create", "login", ...
+    vm_id: str | None
+    reason: str | None
+    who: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A further API key. Only the hash of its secret is kept."""
+
+    id: str
+    name: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
 
 
 def now() -> datetime:
