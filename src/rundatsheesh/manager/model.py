@@ -166,6 +166,19 @@ class ScriptCall:
     timeout_ms: int = 120_000
 
 
+@dataclass(frozen=True, slots=True)
+class UploadManifest:
+    """Sizes of a checked upload's canonical stream: a table of entries, then the content of its files."""
+
+    entries: int
+    table_bytes: int
+    content_bytes: int
+
+    @property
+    def stream_bytes(self) -> int:
+        return self.table_bytes + self.content_bytes
+
+
 CallType = Literal["exec", "run-ts", "run-js", "upload", "download"]
 
 
