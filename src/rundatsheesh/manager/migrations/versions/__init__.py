@@ -1,0 +1,1 @@
+"""Alembic's migrations; run in-process by `store/database.py`."""

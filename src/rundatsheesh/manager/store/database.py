@@ -1,0 +1,157 @@
+"""Connections, transactions and the schema's version. The only place that knows which database is underneath."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, event, inspect, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.store.schema import HEAD
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT_S = 15
+MIGRATION_LOCK = 0x72647368  # any fixed number: PostgreSQL's advisory lock while migrating
+
+_ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+
+
+class Database:
+    """Reading and writing transactions on one connection pool."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._writer = engine.execution_options(rds_write=True)
+        # SQLite has one writer at a time: waiting here is fair and costs no thread, waiting in SQLite is a poll.
+        self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if _is_sqlite(engine.url) else nullcontext()
+
+    @classmethod
+    async def open(cls, url: str) -> Database:
+        """Connect and bring the schema up to date. Raises HostError when the database is of a newer version."""
+        database = cls(_create_engine(make_url(url)))
+        try:
+            await database._migrate()
+        except BaseException:
+            await database.close()
+            raise
+        return database
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        async with self._engine.connect() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction: committed when the block ends, rolled back when it raises."""
+        async with self._turn, self._writer.begin() as connection:
+            yield connection
+
+    async def _migrate(self) -> None:
+        async with self._engine.connect() as connection:
+            if await connection.run_sync(_version) == HEAD:
+                return
+        async with self.write() as connection:
+            if connection.dialect.name == "postgresql":
+                await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+            await connection.run_sync(_upgrade)
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end even when the caller is cancelled meanwhile; the cancellation is raised after it.
+
+    A transaction that may or may not have been committed helps nobody.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            await _settle(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise asyncio.CancelledError from error
+        raise
+
+
+async def _settle(task: asyncio.Task[Any]) -> None:
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        return  # cancelled again while waiting: the first cancellation is raised when the work is done
+
+
+def is_unique_violation(error: IntegrityError) -> bool:
+    return "unique" in str(error.orig).lower()
+
+
+def _create_engine(url: URL) -> AsyncEngine:
+    url = url.set(drivername=_ASYNC_DRIVERS.get(url.drivername, url.drivername))
+    if not _is_sqlite(url):
+        return create_async_engine(url, pool_pre_ping=True)
+    _create_private(url)
+    # isolation_level=None: the driver begins nothing by itself, `_begin` does.
+    engine = create_async_engine(url, connect_args={"isolation_level": None, "timeout": BUSY_TIMEOUT_S})
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin)
+    return engine
+
+
+def _is_sqlite(url: URL) -> bool:
+    return url.get_backend_name() == "sqlite"
+
+
+def _create_private(url: URL) -> None:
+    """Make the file readable by the manager alone before SQLite creates it (and its -wal and -shm) by the umask."""
+    if url.database and url.database != ":memory:":
+        Path(url.database).touch(mode=0o600)
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # a revocation that was answered must survive a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    """A writer takes the write lock at once: a reader that turns writer later may find its snapshot stale and fail."""
+    write = connection.get_execution_options().get("rds_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _version(connection: Connection) -> str | None:
+    """Read directly: importing Alembic takes longer than everything else in opening an up-to-date database."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise HostError(
+            f"the database cannot be brought to version {HEAD}: {error}",
+            code="database_version",
+            hint="it was probably written by a newer release of the server",
+        ) from error

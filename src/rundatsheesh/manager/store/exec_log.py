@@ -1,0 +1,143 @@
+"""The execution log's writer: calls are noted in memory and written in batches, off the path of the call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import Counter
+from dataclasses import replace
+from types import TracebackType
+
+from rundatsheesh.manager.model import Caller, CallType, ExecLogEntry, ExecLogPage, now
+from rundatsheesh.manager.store.history import EXEC_LOG_PER_VM, History
+
+log = logging.getLogger(__name__)
+
+MAX_INPUT_CHARS = 8192  # of a command or code that is kept
+MAX_PENDING = 4096  # calls noted but not yet written: at most 32 MiB of input
+GATHER_S = 0.1  # a batch waits this long for company; a call that ends within it costs one row, not two writes
+PRUNE_EVERY = EXEC_LOG_PER_VM // 10  # calls of a VM between two prunings
+
+
+class ExecLog:
+    """Enter to start the writer task; leaving writes what is pending.
+
+    When the database fails, the batch is dropped and counted in the log: a call never fails because of its history.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._begun: dict[str, ExecLogEntry] = {}  # not yet written, by id, in order
+        self._ended: dict[str, ExecLogEntry] = {}  # their begin is written already
+        self._since_prune: Counter[str] = Counter()
+        self._pending = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._space = asyncio.Condition()
+        self._flush_lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> ExecLog:
+        self._task = asyncio.create_task(self._run(), name="exec-log")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._pending.set()
+        if self._task is not None:
+            await self._task
+        await self.flush()
+
+    async def started(self, vm_id: str, type_: CallType, input_: str, caller: Caller) -> ExecLogEntry:
+        """Note that a call began; hand the entry to `finished`. Waits only while MAX_PENDING calls are unwritten."""
+        async with self._space:
+            await self._space.wait_for(lambda: len(self._begun) + len(self._ended) < MAX_PENDING)
+        entry = ExecLogEntry(
+            id="call-" + secrets.token_hex(8),
+            vm_id=vm_id,
+            type=type_,
+            input=_storable(input_[:MAX_INPUT_CHARS]),
+            input_truncated=len(input_) > MAX_INPUT_CHARS,
+            exit_code=None,
+            duration_ms=None,
+            started_at=now(),
+            finished_at=None,
+            bytes_in=len(input_.encode(errors="replace")),
+            bytes_out=0,
+            timed_out=False,
+            error=None,
+            request_id=caller.request_id,
+            who=caller.who,
+        )
+        self._begun[entry.id] = entry
+        self._since_prune[vm_id] += 1
+        self._pending.set()
+        return entry
+
+    def finished(
+        self,
+        entry: ExecLogEntry,
+        *,
+        duration_ms: int,
+        exit_code: int | None = None,
+        bytes_in: int | None = None,
+        bytes_out: int = 0,
+        timed_out: bool = False,
+        error: str | None = None,
+    ) -> None:
+        """Note how the call ended; `error` is the code of the error it raised. Never waits."""
+        ended = replace(
+            entry,
+            duration_ms=duration_ms,
+            exit_code=exit_code,
+            bytes_in=entry.bytes_in if bytes_in is None else bytes_in,
+            bytes_out=bytes_out,
+            timed_out=timed_out,
+            error=error,
+            finished_at=now(),
+        )
+        place = self._begun if entry.id in self._begun else self._ended
+        place[entry.id] = ended
+        self._pending.set()
+
+    async def page(self, vm_id: str, *, limit: int, type_: CallType | None = None) -> ExecLogPage:
+        """Newest first, everything noted so far included."""
+        await self.flush()
+        return await self._history.exec_log(vm_id, limit=limit, type_=type_)
+
+    async def flush(self) -> None:
+        """Write what is noted. Returns when it is in the database (or dropped)."""
+        async with self._flush_lock:
+            begun, ended = list(self._begun.values()), list(self._ended.values())
+            self._begun, self._ended = {}, {}
+            self._pending.clear()
+            if begun or ended:
+                await self._write(begun, ended)
+        async with self._space:
+            self._space.notify_all()
+
+    async def _run(self) -> None:
+        while not self._closing.is_set():
+            await self._pending.wait()
+            try:
+                await asyncio.wait_for(self._closing.wait(), GATHER_S)
+            except TimeoutError:
+                await self.flush()
+
+    async def _write(self, begun: list[ExecLogEntry], ended: list[ExecLogEntry]) -> None:
+        surplus = [vm_id for vm_id, count in self._since_prune.items() if count >= PRUNE_EVERY]
+        try:
+            await self._history.write_calls(begun, ended)
+            if surplus:
+                await self._history.prune_calls(surplus)
+        except Exception:
+            log.exception("execution log: %d entries could not be written", len(begun) + len(ended))
+        for vm_id in surplus:
+            del self._since_prune[vm_id]
+
+
+def _storable(text: str) -> str:
+    """Text that every database accepts: no NUL (PostgreSQL), no lone surrogates."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()

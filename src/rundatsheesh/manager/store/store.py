@@ -1,0 +1,308 @@
+"""VM records: reserved with a slot before the first side effect, moved by compare-and-set, deleted after the last."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from datetime import datetime
+from ipaddress import IPv4Network
+from typing import Any, TypeAlias, TypedDict, Unpack
+
+from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from rundatsheesh.manager.errors import Conflict, LimitReached, NotFound, Unavailable
+from rundatsheesh.manager.model import (
+    FIRST_USABLE_SLOT,
+    GUEST_NETWORK,
+    SLOTS_PER_BLOCK,
+    Caller,
+    EgressPolicy,
+    Isolation,
+    ProvisionMode,
+    Slot,
+    State,
+    VmRecord,
+    VmSpec,
+    new_vm_id,
+    now,
+)
+from rundatsheesh.manager.store import schema
+from rundatsheesh.manager.store.credentials import Credentials
+from rundatsheesh.manager.store.database import Database, finish, is_unique_violation
+from rundatsheesh.manager.store.history import History
+
+RESERVE_ATTEMPTS = 5
+QUOTA_RETRY_AFTER_S = 5.0
+
+Records: TypeAlias = list[VmRecord]  # `Store.list` hides the builtin inside the class
+
+
+class VmChanges(TypedDict, total=False):
+    """What may change together with a VM's state."""
+
+    spec: VmSpec
+    isolation: Isolation
+    provision_mode: ProvisionMode
+    boot_id: str | None
+    reason: str | None
+    started_at: datetime | None
+
+
+class Store:
+    """Every method is one transaction and runs to its end even when its caller is cancelled."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.credentials = Credentials(database)
+        self.history = History(database)
+
+    @classmethod
+    async def open(cls, url: str) -> Store:
+        """Connect to `url` (SQLite or PostgreSQL) and migrate the schema. Raises HostError for a newer schema."""
+        return cls(await Database.open(url))
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    async def reserve(
+        self,
+        spec: VmSpec,
+        *,
+        node_id: str,
+        block: int,
+        isolation: Isolation,
+        provision_mode: ProvisionMode,
+        max_vms: int,
+        caller: Caller,
+    ) -> VmRecord:
+        """A new record in CREATING with a slot of `block` that nobody else holds.
+
+        Raises LimitReached when the node already has `max_vms` records, Unavailable when the block has no free slot.
+        A cancelled call leaves no record.
+        """
+        record = VmRecord(
+            id=new_vm_id(),
+            node_id=node_id,
+            slot=Slot(0),
+            spec=spec,
+            state=State.CREATING,
+            isolation=isolation,
+            provision_mode=provision_mode,
+            boot_id=None,
+            reason=None,
+            created_at=now(),
+            started_at=None,
+        )
+        try:
+            return await finish(self._reserve(record, block, max_vms, caller))
+        except asyncio.CancelledError:
+            await finish(self._delete(record.id))
+            raise
+
+    async def _reserve(self, record: VmRecord, block: int, max_vms: int, caller: Caller) -> VmRecord:
+        for attempt in range(RESERVE_ATTEMPTS):
+            try:
+                async with self._database.write() as db:
+                    reserved = replace(record, slot=await _take_slot(db, record.node_id, block, max_vms))
+                    await db.execute(insert(schema.vms).values(_to_row(reserved)))
+                    await db.execute(
+                        insert(schema.activity).values(
+                            at=record.created_at,
+                            kind="vm.create",
+                            vm_id=record.id,
+                            who=caller.who,
+                            request_id=caller.request_id,
+                        )
+                    )
+                    return reserved
+            except IntegrityError as error:
+                # Another manager on the same database took the slot between our look and our insert.
+                if not is_unique_violation(error) or attempt == RESERVE_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def move(self, vm_id: str, from_: Collection[State], to: State, **changes: Unpack[VmChanges]) -> VmRecord:
+        """Set the state (and `changes`) if the VM is in one of `from_`; returns the record as it is now.
+
+        Raises Conflict (`wrong_state`, `details.state`) from any other state and NotFound for an unknown VM; a VM in
+        DELETING is unknown unless `from_` names DELETING.
+        """
+        return await finish(self._move(vm_id, from_, to, changes))
+
+    async def _move(self, vm_id: str, from_: Collection[State], to: State, changes: VmChanges) -> VmRecord:
+        async with self._database.write() as db:
+            statement = (
+                update(schema.vms)
+                .where(schema.vms.c.id == vm_id, schema.vms.c.state.in_([state.value for state in from_]))
+                .values(state=to.value, **_changed_columns(changes))
+                .returning(schema.vms)
+            )
+            row = (await db.execute(statement)).one_or_none()
+            if row is not None:
+                return _from_row(row)
+            found = await db.scalar(select(schema.vms.c.state).where(schema.vms.c.id == vm_id))
+        if found is None or found == State.DELETING:
+            raise vm_not_found(vm_id)
+        raise wrong_state(vm_id, State(found), from_)
+
+    async def get(self, vm_id: str) -> VmRecord:
+        """Raises NotFound (`vm_not_found`); a VM that is being deleted is already unknown."""
+        async with self._database.read() as db:
+            row = (await db.execute(select(schema.vms).where(schema.vms.c.id == vm_id))).one_or_none()
+        if row is None or row.state == State.DELETING:
+            raise vm_not_found(vm_id)
+        return _from_row(row)
+
+    async def list(
+        self, *, state: State | None = None, labels: Mapping[str, str] | None = None, node: str | None = None
+    ) -> Records:
+        """Oldest first, without those being deleted. `labels`: the VM carries all of these pairs."""
+        wanted = (labels or {}).items()
+        records = await self.list_all(node)
+        return [
+            record
+            for record in records
+            if record.state is not State.DELETING
+            and (state is None or record.state is state)
+            and wanted <= record.spec.labels.items()
+        ]
+
+    async def list_all(self, node: str | None = None) -> Records:
+        """Every record of `node` (of all nodes when None), those being deleted too. For reconciliation."""
+        statement = select(schema.vms).order_by(schema.vms.c.created_at, schema.vms.c.id)
+        if node is not None:
+            statement = statement.where(schema.vms.c.node_id == node)
+        async with self._database.read() as db:
+            return [_from_row(row) for row in await db.execute(statement)]
+
+    async def delete(self, vm_id: str) -> None:
+        """Forget the VM and its execution log, and free its slot. Idempotent."""
+        await finish(self._delete(vm_id))
+
+    async def _delete(self, vm_id: str) -> None:
+        async with self._database.write() as db:
+            await db.execute(delete(schema.vms).where(schema.vms.c.id == vm_id))
+
+
+def vm_not_found(vm_id: str) -> NotFound:
+    return NotFound(f"no VM {vm_id[:64]!r}", code="vm_not_found")
+
+
+def wrong_state(vm_id: str, found: State, allowed: Collection[State]) -> Conflict:
+    """The 409 of every operation that a VM's state forbids."""
+    needed = " or ".join(sorted(allowed))
+    return Conflict(f"VM {vm_id} is {found}; this needs {needed}", code="wrong_state", details={"state": found.value})
+
+
+async def _take_slot(db: AsyncConnection, node_id: str, block: int, max_vms: int) -> Slot:
+    """The next free slot after the block's cursor. Holds the cursor's row until the transaction ends."""
+    cursor = await _lock_cursor(db, block)
+    count = await db.scalar(select(func.count()).select_from(schema.vms).where(schema.vms.c.node_id == node_id))
+    if (count or 0) >= max_vms:
+        raise LimitReached(
+            f"this server already has {max_vms} VMs (MAX_VMS)",
+            hint="delete a VM that is no longer needed",
+            details={"limit": max_vms},
+            retry_after=QUOTA_RETRY_AFTER_S,
+        )
+    first, last = usable_slots(block)
+    taken = set(await db.scalars(select(schema.vms.c.slot).where(schema.vms.c.slot.between(first, last))))
+    after = cursor if first <= cursor <= last else last
+    for number in (*range(after + 1, last + 1), *range(first, after + 1)):
+        if number not in taken:
+            await db.execute(
+                update(schema.slot_cursors).where(schema.slot_cursors.c.block == block).values(last_slot=number)
+            )
+            return Slot(number)
+    raise Unavailable("no network address is free on this host", retry_after=QUOTA_RETRY_AFTER_S)
+
+
+async def _lock_cursor(db: AsyncConnection, block: int) -> int:
+    """Last slot handed out; the update is what makes another reservation of the block wait (PostgreSQL)."""
+    table = schema.slot_cursors
+    touch = update(table).where(table.c.block == block).values(last_slot=table.c.last_slot).returning(table.c.last_slot)
+    cursor = await db.scalar(touch)
+    if cursor is None:
+        cursor = usable_slots(block)[1]
+        await db.execute(insert(table).values(block=block, last_slot=cursor))
+    return int(cursor)
+
+
+def usable_slots(block: int) -> tuple[int, int]:
+    """First and last slot of a block that give a guest an address: neither the gateway's range nor the broadcast."""
+    first = max(block * SLOTS_PER_BLOCK, FIRST_USABLE_SLOT)
+    last = min((block + 1) * SLOTS_PER_BLOCK - 1, GUEST_NETWORK.num_addresses - 2)
+    return first, last
+
+
+def _spec_columns(spec: VmSpec) -> dict[str, Any]:
+    return {
+        "cpu": spec.cpu,
+        "mem_mb": spec.mem_mb,
+        "disk_mb": spec.disk_mb,
+        "outbound": spec.policy.outbound,
+        "allow_ips": [str(network) for network in spec.policy.allow_ips],
+        "allow_domains": list(spec.policy.allow_domains),
+        "engine": spec.engine,
+        "image_id": spec.image_id,
+        "snapshot_id": spec.snapshot_id,
+        "name": spec.name,
+        "labels": dict(spec.labels),
+    }
+
+
+def _changed_columns(changes: VmChanges) -> dict[str, Any]:
+    columns: dict[str, Any] = {**changes}
+    spec = columns.pop("spec", None)
+    return columns if spec is None else {**columns, **_spec_columns(spec)}
+
+
+def _to_row(record: VmRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "node_id": record.node_id,
+        "slot": record.slot.number,
+        "state": record.state.value,
+        "isolation": record.isolation.value,
+        "provision_mode": record.provision_mode.value,
+        "boot_id": record.boot_id,
+        "reason": record.reason,
+        "created_at": record.created_at,
+        "started_at": record.started_at,
+        **_spec_columns(record.spec),
+    }
+
+
+def _from_row(row: Row[Any]) -> VmRecord:
+    policy = EgressPolicy(
+        outbound=row.outbound,
+        allow_ips=tuple(IPv4Network(network) for network in row.allow_ips),
+        allow_domains=tuple(row.allow_domains),
+    )
+    spec = VmSpec(
+        cpu=row.cpu,
+        mem_mb=row.mem_mb,
+        disk_mb=row.disk_mb,
+        policy=policy,
+        engine=row.engine,
+        image_id=row.image_id,
+        snapshot_id=row.snapshot_id,
+        name=row.name,
+        labels=row.labels,
+    )
+    return VmRecord(
+        id=row.id,
+        node_id=row.node_id,
+        slot=Slot(row.slot),
+        spec=spec,
+        state=State(row.state),
+        isolation=Isolation(row.isolation),
+        provision_mode=ProvisionMode(row.provision_mode),
+        boot_id=row.boot_id,
+        reason=row.reason,
+        created_at=row.created_at,
+        started_at=row.started_at,
+    )
