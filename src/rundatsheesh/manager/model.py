@@ -244,6 +244,30 @@ class ApiKey:
     last_used_at: datetime | None
 
 
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A login of the admin. Its token is known to the browser alone."""
+
+    email: str
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """How full this host is. Memory in MiB, disk in bytes."""
+
+    vms_by_state: Mapping[State, int]
+    max_vms: int
+    cpu_allocated: int  # of VMs that hold it now; more than `cpu_host` is normal
+    cpu_host: int
+    load_1m: float
+    mem_allocated_mb: int
+    mem_host_mb: int
+    mem_available_mb: int
+    disk_total: int  # of the file system that holds STORAGE_ROOT
+    disk_free: int
+
+
 def now() -> datetime:
     return datetime.now(UTC)
 

@@ -5,26 +5,19 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Row, bindparam, delete, func, insert, or_, select, update
 
 from rundatsheesh.manager.errors import LimitReached, NotFound
-from rundatsheesh.manager.model import ApiKey, now
+from rundatsheesh.manager.model import ApiKey, Session, now
 from rundatsheesh.manager.store import schema
 from rundatsheesh.manager.store.database import Database, finish
 
 SESSION_LIFE = timedelta(days=7)
 MAX_SESSIONS = 1000  # the oldest go first
 MAX_API_KEYS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    email: str
-    expires_at: datetime
 
 
 def hash_token(token: str) -> str:

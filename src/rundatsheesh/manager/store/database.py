@@ -25,7 +25,7 @@ _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycop
 
 
 class Database:
-    """Reading and writing transactions on one connection pool."""
+    """Writing transactions, and connections that read with one statement each, on one pool."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -127,9 +127,12 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    """A writer takes the write lock at once: a reader that turns writer later may find its snapshot stale and fail."""
-    write = connection.get_execution_options().get("rds_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    """A writer takes the write lock at once: a reader that turns writer later may find its snapshot stale and fail.
+
+    Readers need no transaction: each reads with one statement.
+    """
+    if connection.get_execution_options().get("rds_write", False):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _version(connection: Connection) -> str | None:
