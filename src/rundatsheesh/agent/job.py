@@ -1,0 +1,70 @@
+"""What one call asks to be run, and how it can fail. Shared by everything in the agent."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Channel(Protocol):
+        """Reads what a script says on CHANNEL_FD. Keeps a bounded amount, whatever it is fed."""
+
+        def feed(self, data: bytes) -> None:
+            """The next bytes of the channel, cut anywhere."""
+
+        def finish(self) -> tuple[bytes | None, bytes | None]:
+            """The result and the error as JSON text; called once, after the last `feed`."""
+
+
+CHANNEL_FD = 3  # of the process that has a channel
+
+DEFAULT_ENV = {
+    "HOME": "/workspace",
+    "USER": "user",
+    "LOGNAME": "user",
+    "SHELL": "/bin/bash",
+    "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games",
+    "LANG": "C.UTF-8",
+    "TERM": "dumb",
+    "TMPDIR": "/tmp",
+}
+
+
+class CallFailed(Exception):  # noqa: N818  (a call that failed is an answer, not an error of the agent)
+    """The call ends with this code and message instead of a reply. The host knows what class of error a code is."""
+
+    def __init__(self, code: str, message: str, details: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details or {}
+
+
+class Command:
+    """A program to execute as the user.
+
+    `cwd` is as the caller gave it and is checked before use. `setup` is (module of this package, function, argument):
+    it runs in the child as the user just before the program. `cleanup` runs in the server when the program has ended.
+    """
+
+    __slots__ = ("argv", "channel", "cleanup", "cwd", "env", "setup", "stdin")
+
+    def __init__(
+        self,
+        *,
+        argv: list[str],
+        env: dict[str, str],
+        cwd: str,
+        stdin: bytes = b"",
+        channel: Channel | None = None,
+        setup: tuple[str, str, object] | None = None,
+        cleanup: Callable[[], None] | None = None,
+    ) -> None:
+        self.argv = argv
+        self.env = DEFAULT_ENV | env
+        self.cwd = cwd
+        self.stdin = stdin
+        self.channel = channel
+        self.setup = setup
+        self.cleanup = cleanup
