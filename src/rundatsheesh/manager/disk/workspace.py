@@ -1,0 +1,161 @@
+"""The disk behind /workspace: one sparse ext4 file per VM. It takes space on the host as the guest writes, and gives it
+back as the guest deletes.
+
+Engines that share a directory with the guest mount it on the host through a loop device, others attach the file. The
+guest never writes raw blocks of a disk that this module mounts: a crafted file system would reach the host's kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rundatsheesh.manager.errors import HostError, StorageFull
+from rundatsheesh.manager.host import loops, mounts, process
+from rundatsheesh.manager.host.mounts import Flag
+from rundatsheesh.manager.model import GUEST_UID
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+HOST_RESERVE_BYTES = 256 * MIB  # a new disk is refused when the host has less than this left
+FORMAT_TIMEOUT = 60.0  # seconds; measured 8 ms, most of it the start of the process
+UNMOUNT_TIMEOUT = 10.0
+RELEASE_TIMEOUT = 2.0
+# No background writes into an idle disk (noinit_itable), and deleted files free space on the host (discard).
+_MOUNT_OPTIONS = "noinit_itable,discard,errors=remount-ro"
+
+
+async def create(path: Path, size_mb: int) -> None:
+    """Make an empty disk of this size whose root belongs to the guest's user. It appears complete or not at all, also
+    when the host crashes; an existing one is left as it is. Raises StorageFull, HostError."""
+    if await asyncio.to_thread(path.exists):
+        return
+    new = path.with_name(path.name + ".new")
+    with _storage_errors(path):
+        await asyncio.to_thread(_make_sparse, new, size_mb * MIB)
+        try:
+            await _format(new, size_mb)
+            await asyncio.to_thread(_commit, new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+async def mount(path: Path, mountpoint: Path) -> None:
+    """Mount the disk; the directory is made when missing. Does nothing when exactly this disk is mounted there already.
+    Raises StorageFull, HostError."""
+    with _storage_errors(path):
+        await asyncio.to_thread(_mount, path, mountpoint)
+
+
+async def unmount(mountpoint: Path) -> None:
+    """Unmount whatever is mounted there and remove the directory; written data is on the host's file by then.
+    Idempotent. Raises HostError while a process on the host still uses it."""
+    await asyncio.to_thread(_unmount, mountpoint)
+
+
+async def _format(path: Path, size_mb: int) -> None:
+    journal_mb = 4 if size_mb < 1024 else 16  # its space is taken from the host for good once it was written to
+    extended = f"lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner={GUEST_UID}:{GUEST_UID}"
+    options = ["-q", "-F", "-b", "4096", "-m", "0", "-J", f"size={journal_mb}", "-E", extended, "-O", "^resize_inode"]
+    await process.run(["mkfs.ext4", *options, str(path)], timeout=FORMAT_TIMEOUT)
+    await process.run(["debugfs", "-w", "-R", "rmdir lost+found", str(path)], timeout=FORMAT_TIMEOUT)
+
+
+def _make_sparse(path: Path, size: int) -> None:
+    free = os.statvfs(path.parent)
+    if free.f_bavail * free.f_frsize < HOST_RESERVE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.ftruncate(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def _commit(new: Path, path: Path) -> None:
+    _fsync(new)
+    new.rename(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mount(path: Path, mountpoint: Path) -> None:
+    present = mounts.find_mount(mountpoint)
+    if present is not None:
+        if _disk_of(present) != path:
+            raise HostError(f"{mountpoint} is taken by another mount, of {_disk_of(present)}")
+        return
+    mountpoint.mkdir(mode=0o700, exist_ok=True)
+    with loops.attached(path) as device:
+        # Not noexec: the guest's programs are mapped from here.
+        flags = Flag.NOSUID | Flag.NODEV | Flag.NOATIME
+        mounts.mount(str(device), mountpoint, "ext4", flags, _MOUNT_OPTIONS)
+
+
+def _unmount(mountpoint: Path) -> None:
+    deadline = time.monotonic() + UNMOUNT_TIMEOUT
+    while (present := mounts.find_mount(mountpoint)) is not None:
+        disk = _disk_of(present)
+        try:
+            mounts.unmount(mountpoint)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise HostError(f"cannot unmount {mountpoint}: {error.strerror}") from error
+            time.sleep(0.01)  # nothing announces the last user's end
+            continue
+        if disk is not None:
+            _await_release(present.device[1], disk)
+    try:
+        mountpoint.rmdir()
+    except FileNotFoundError:
+        return
+
+
+def _await_release(minor: int, disk: Path) -> None:
+    """Wait until the loop device has let go of the disk, which the kernel completes shortly after the unmount. A copy
+    of the mount in a foreign mount namespace may delay that for as long as it likes, so this is not an error."""
+    deadline = time.monotonic() + RELEASE_TIMEOUT
+    while loops.backing_file(minor) == disk:
+        if time.monotonic() > deadline:
+            log.warning("/dev/loop%d still holds %s: another mount namespace has a copy of its mount", minor, disk)
+            return
+        time.sleep(0.001)
+
+
+def _disk_of(mounted: mounts.Mounted) -> Path | None:
+    major, minor = mounted.device
+    return loops.backing_file(minor) if major == loops.LOOP_MAJOR else None
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Tell a full disk from any other failure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full() from error
+        raise HostError(f"disk {path}: {error}") from error
+    except process.ProcessError as error:
+        if os.strerror(errno.ENOSPC) in error.output:
+            raise _full() from error
+        raise
+
+
+def _full() -> StorageFull:
+    return StorageFull("the host's disk is full", hint="free space on the server's storage, or destroy VMs")
