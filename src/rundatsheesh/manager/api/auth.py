@@ -1,0 +1,268 @@
+"""Who is calling: API keys, the session cookie, and the refusal of cross-site requests."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rundatsheesh.manager.api.problems import Unauthenticated
+from rundatsheesh.manager.api.ratelimit import Throttle, TokenBuckets
+from rundatsheesh.manager.api.services import CredentialService
+from rundatsheesh.manager.errors import Forbidden, InvalidInput
+from rundatsheesh.manager.model import ApiKey, Caller, Session, now
+from rundatsheesh.manager.settings import Settings
+
+COOKIE = "rds_session"
+MAX_TOKEN_CHARS = 256
+CACHE_S = 10.0  # how long another manager's revocation may take to be seen here; our own is immediate
+MAX_CACHED = 1024
+MARK_USED_S = 60.0
+BAD_CREDENTIALS_PER_MINUTE = 600  # per address: bounds the database look-ups that guessing can cause
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A proven caller."""
+
+    who: str  # as in model.Caller
+    kind: Literal["main_key", "api_key", "session"]
+
+    @property
+    def is_admin(self) -> bool:
+        """The admin's login, or the key of the settings, which is the admin's too."""
+        return self.kind != "api_key"
+
+
+class Authenticator:
+    """Proves callers. The main key costs no look-up; sessions and further keys are remembered for CACHE_S."""
+
+    def __init__(self, settings: Settings, credentials: CredentialService) -> None:
+        self._credentials = credentials
+        self._main_key = _digest(settings.effective_api_key)
+        email, password = settings.effective_admin
+        self._admin = (_digest(email), _digest(password))
+        self._cache: OrderedDict[bytes, tuple[float, ApiKey | Session | None]] = OrderedDict()
+        self._generation = 0  # of revocations: a look-up that overlaps one is not remembered
+        self._marked: OrderedDict[str, float] = OrderedDict()
+        self._guesses = TokenBuckets(BAD_CREDENTIALS_PER_MINUTE, "wrong credentials")
+        self.logins = Throttle(free=5, longest=300)
+        self.all_logins = Throttle(free=50, longest=60)
+
+    async def identify(self, connection: HTTPConnection) -> Identity:
+        """Raises Unauthenticated. An API key, where given, is the only thing that counts."""
+        key = connection.headers.get("x-api-key")
+        if key is not None:
+            return await self._identify_key(key, client_address(connection.scope))
+        session = await self.find_session(connection)
+        if session is None:
+            raise Unauthenticated("no valid credentials", hint="send X-API-Key, or log in")
+        if connection.scope["method"] not in SAFE_METHODS:
+            refuse_cross_site(connection.headers)
+        return Identity(f"session:{session.email}", "session")
+
+    async def _identify_key(self, key: str, address: str) -> Identity:
+        digest = _digest(key)
+        if hmac.compare_digest(digest, self._main_key):
+            return Identity("key:main", "main_key")
+        found = self._recall(digest)
+        if found is None and len(key) <= MAX_TOKEN_CHARS:
+            self._guesses.take(address)
+            generation = self._generation
+            found = await self._credentials.find_api_key(key)
+            self._remember(digest, found, generation)
+        if not isinstance(found, ApiKey) or (found.expires_at is not None and found.expires_at <= now()):
+            raise Unauthenticated("the API key is not valid")
+        await self._mark_used(found)
+        return Identity(f"key:{found.id}", "api_key")
+
+    async def find_session(self, connection: HTTPConnection) -> Session | None:
+        """The session of the request's cookie, if it is valid."""
+        token = session_token(connection.headers)
+        if token is None:
+            return None
+        digest = _digest(token)
+        found = self._recall(digest)
+        if found is None:
+            self._guesses.take(client_address(connection.scope))
+            generation = self._generation
+            found = await self._credentials.find_session(token)
+            self._remember(digest, found, generation)
+        return found if isinstance(found, Session) and found.expires_at > now() else None
+
+    async def log_in(self, email: str, password: str, address: str) -> tuple[str, Session]:
+        """A new session and its token. Raises Unauthenticated, and LimitReached after repeated failures."""
+        throttle_key = f"{address} {_digest(email).hex()}"
+        self.logins.check(throttle_key)
+        self.all_logins.check("")
+        right_email = hmac.compare_digest(_digest(email), self._admin[0])
+        right_password = hmac.compare_digest(_digest(password), self._admin[1])
+        if not (right_email and right_password):
+            self.logins.fail(throttle_key)
+            self.all_logins.fail("")
+            raise Unauthenticated("wrong e-mail or password", code="wrong_login")
+        self.logins.succeed(throttle_key)
+        return await self._credentials.create_session(email)
+
+    async def log_out(self, connection: HTTPConnection) -> None:
+        """Revoke the session of the request's cookie, if it has one."""
+        token = session_token(connection.headers)
+        if token is not None:
+            await self._credentials.revoke_session(token)
+            self._forget()
+
+    async def create_api_key(self, name: str, expires_at: datetime | None) -> tuple[ApiKey, str]:
+        created = await self._credentials.create_api_key(name, expires_at)
+        self._forget()
+        return created
+
+    async def revoke_api_key(self, key_id: str) -> ApiKey:
+        """From now on nobody is let in with it."""
+        revoked = await self._credentials.revoke_api_key(key_id)
+        self._forget()
+        return revoked
+
+    def _recall(self, digest: bytes) -> ApiKey | Session | None:
+        until, found = self._cache.get(digest, (0.0, None))
+        return found if time.monotonic() < until else None
+
+    def _remember(self, digest: bytes, found: ApiKey | Session | None, generation: int) -> None:
+        if found is None or generation != self._generation:
+            return
+        self._cache[digest] = (time.monotonic() + CACHE_S, found)
+        self._cache.move_to_end(digest)
+        if len(self._cache) > MAX_CACHED:
+            self._cache.popitem(last=False)
+
+    def _forget(self) -> None:
+        self._generation += 1
+        self._cache.clear()
+
+    async def _mark_used(self, key: ApiKey) -> None:
+        """At most one write a minute for each key."""
+        at = time.monotonic()
+        if at - self._marked.get(key.id, -MARK_USED_S) < MARK_USED_S:
+            return
+        self._marked[key.id] = at
+        self._marked.move_to_end(key.id)
+        if len(self._marked) > MAX_CACHED:
+            self._marked.popitem(last=False)
+        await self._credentials.mark_used({key.id: now()})
+
+
+class Authentication:
+    """Lets nothing under /v1 through without an identity, before anything else about the request is looked at."""
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, calls: TokenBuckets) -> None:
+        self._app = app
+        self._authenticator = authenticator
+        self._calls = calls
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
+            identity = await self._authenticator.identify(HTTPConnection(scope))
+            scope["rds.identity"] = identity
+            self._calls.take(identity.who)
+        await self._app(scope, receive, send)
+
+
+class DevelopmentHost:
+    """While the well-known development key is in force: no requests under a foreign name.
+
+    A web page may point a name of its own at the loopback address and then talk to this server as its own origin
+    (DNS rebinding), with a key that everybody knows. An address, or localhost, cannot be such a name.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._active = not settings.api_key.get_secret_value()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._active and scope["type"] == "http" and not _is_own_name(Headers(scope=scope).get("host", "localhost")):
+            raise Forbidden(
+                "the development key works on localhost only",
+                code="host_not_allowed",
+                hint="set API_KEY to use another host name",
+            )
+        await self._app(scope, receive, send)
+
+
+def identity_of(scope: Scope) -> Identity:
+    """Set by Authentication for every request under /v1."""
+    identity = scope.get("rds.identity")
+    if not isinstance(identity, Identity):
+        raise Unauthenticated("no valid credentials")
+    return identity
+
+
+def caller_of(scope: Scope) -> Caller:
+    return Caller(request_id=scope["rds.request_id"], who=identity_of(scope).who)
+
+
+def require_admin(scope: Scope) -> None:
+    if not identity_of(scope).is_admin:
+        raise Forbidden("this needs admin rights", code="admin_required", hint="log in, or use the server's main key")
+
+
+def require_admin_session(scope: Scope) -> None:
+    if identity_of(scope).kind != "session":
+        raise Forbidden("this needs the admin's login", code="admin_session_required", hint="POST /auth/login first")
+
+
+def client_address(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def refuse_cross_site(headers: Headers) -> None:
+    """A browser says where a request comes from; only pages of this server may change something with its cookie.
+
+    Programs send neither header, and no browser lets a page leave them out.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        allowed = site in ("same-origin", "none")
+    elif (origin := headers.get("origin")) is not None:
+        allowed = _netloc(origin) == headers.get("host", "").lower()
+    else:
+        allowed = True
+    if not allowed:
+        raise Forbidden("a page of another site may not do this", code="cross_site_request")
+
+
+def session_token(headers: Headers) -> str | None:
+    for part in headers.get("cookie", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == COOKIE and 0 < len(value) <= MAX_TOKEN_CHARS:
+            return value
+    return None
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError as error:
+        raise InvalidInput("the Origin header is not a URL") from error
+
+
+def _digest(text: str) -> bytes:
+    """Comparing digests takes the same time whatever the lengths."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+
+
+def _is_own_name(host: str) -> bool:
+    try:
+        name = urlsplit("//" + host).hostname or ""
+    except ValueError:
+        return False
+    return name == "localhost" or name.endswith(".localhost") or ":" in name or name.replace(".", "").isdigit()

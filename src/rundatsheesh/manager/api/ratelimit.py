@@ -1,0 +1,84 @@
+"""Who may call how often. In memory, bounded; a restart forgives."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from rundatsheesh.manager.errors import LimitReached
+
+MAX_TRACKED = 10_000  # callers remembered per table; the one longest idle goes first
+
+Clock = Callable[[], float]
+
+
+class TokenBuckets:
+    """At most `per_minute` calls a minute for each key, a minute's worth at once. 0 means no limit."""
+
+    def __init__(self, per_minute: int, what: str, clock: Clock = time.monotonic) -> None:
+        self._capacity = float(per_minute)
+        self._refill = per_minute / 60
+        self._what = what
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens left, when that was true
+
+    def take(self, key: str) -> None:
+        """Raises LimitReached (`rate_limited`) with the time until the next token."""
+        if self._capacity == 0:
+            return
+        at = self._clock()
+        tokens, since = self._buckets.pop(key, (self._capacity, at))
+        tokens = min(self._capacity, tokens + (at - since) * self._refill)
+        allowed = tokens >= 1
+        self._buckets[key] = (tokens - 1 if allowed else tokens, at)
+        if len(self._buckets) > MAX_TRACKED:
+            self._buckets.popitem(last=False)
+        if not allowed:
+            raise LimitReached(
+                f"more than {self._capacity:.0f} {self._what} per minute",
+                code="rate_limited",
+                retry_after=(1 - tokens) / self._refill,
+            )
+
+
+class Throttle:
+    """Failures make a key wait: after `free` of them each further one doubles the pause, up to `longest` seconds.
+
+    A success forgets the key; so does a quiet time of FORGET_AFTER_S.
+    """
+
+    FORGET_AFTER_S = 900.0
+
+    def __init__(self, free: int, longest: float, clock: Clock = time.monotonic) -> None:
+        self._free = free
+        self._longest = longest
+        self._clock = clock
+        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, when the last was
+
+    def check(self, key: str) -> None:
+        """Raises LimitReached (`too_many_failures`) while the key has to wait."""
+        count, last = self._failures.get(key, (0, 0.0))
+        wait = last + self._pause(count) - self._clock()
+        if wait > 0:
+            raise LimitReached(
+                "too many failed attempts", code="too_many_failures", hint="wait and try again", retry_after=wait
+            )
+
+    def fail(self, key: str) -> None:
+        at = self._clock()
+        count, last = self._failures.pop(key, (0, at))
+        if at - last > self.FORGET_AFTER_S:
+            count = 0
+        self._failures[key] = (count + 1, at)
+        if len(self._failures) > MAX_TRACKED:
+            self._failures.popitem(last=False)
+
+    def succeed(self, key: str) -> None:
+        self._failures.pop(key, None)
+
+    def _pause(self, count: int) -> float:
+        """Seconds to wait after the `count`-th failure."""
+        if count < self._free:
+            return 0.0
+        return float(min(self._longest, 2 ** min(count - self._free, 30)))

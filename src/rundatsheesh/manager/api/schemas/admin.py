@@ -1,0 +1,99 @@
+"""Logins, API keys, overview, activity, health."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rundatsheesh.manager.api.schemas.base import Body, Line, Query, Text, Timestamp, View
+
+
+class LoginBody(Body):
+    email: Annotated[Text, Field(max_length=320)] = Field(examples=["admin@localhost"])
+    password: Annotated[Text, Field(max_length=1024)] = Field(examples=["admin"])
+
+
+class LoginView(View):
+    email: str
+
+
+class OkView(View):
+    ok: Literal[True]
+
+
+class CreateApiKeyBody(Body):
+    name: Annotated[Line, Field(min_length=1, max_length=128)] = Field(examples=["ci"])
+    expires_at: Annotated[Text, Field(max_length=64)] | None = Field(
+        None, description="RFC 3339, in the future; never unless given.", examples=["2099-01-01T00:00:00Z"]
+    )
+
+
+class ApiKeyView(View):
+    id: str
+    name: str
+    created_at: Timestamp
+    expires_at: Timestamp | None
+    revoked_at: Timestamp | None
+    last_used_at: Timestamp | None = Field(description="To the minute.")
+
+
+class NewApiKeyView(ApiKeyView):
+    secret: str = Field(description="The key itself. Shown this once.")
+
+
+class VmCounts(View):
+    total: int
+    limit: int
+    by_state: dict[str, int]
+
+
+class CpuUse(View):
+    allocated: int
+    host: int
+    load1m: float
+
+
+class MemoryUse(View):
+    allocated_mb: int
+    host_mb: int
+    available_mb: int
+
+
+class DiskUse(View):
+    total_bytes: int
+    free_bytes: int
+
+
+class OverviewView(View):
+    vms: VmCounts
+    cpu: CpuUse
+    memory: MemoryUse
+    disk: DiskUse
+
+
+class ActivityQuery(Query):
+    limit: int = Field(100, ge=1, le=1000, description="Entries at most, the newest.")
+
+
+class ActivityEntryView(View):
+    id: int
+    at: Timestamp
+    kind: str = Field(examples=["vm.create"])
+    vm_id: str | None
+    reason: str | None
+    who: str
+    request_id: str
+
+
+class ActivityView(View):
+    entries: list[ActivityEntryView]
+    has_more: bool
+
+
+class HealthView(View):
+    status: Literal["ok"]
+
+
+class ReadyView(View):
+    status: Literal["ready"]

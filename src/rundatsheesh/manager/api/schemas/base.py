@@ -1,0 +1,55 @@
+"""What all shapes share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+
+class Body(BaseModel):
+    """A request body: exact types, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, alias_generator=to_camel)
+
+
+class Query(BaseModel):
+    """Query parameters: text that is read as what the field says; no unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel)
+
+
+class View(BaseModel):
+    """An answer. Handlers build the JSON themselves; this documents it, and tests compare both."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", alias_generator=to_camel)
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain a NUL character")
+    return text
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must not contain control characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_no_nul)]
+Line = Annotated[str, AfterValidator(_printable)]
+GuestPath = Annotated[Text, Field(min_length=1, max_length=4096)]
+Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
+class Problem(View):
+    """Every error has this body."""
+
+    message: str = Field(description="What happened, for people.")
+    code: str = Field(description="What happened, as a stable snake_case word.", examples=["vm_not_found"])
+    request_id: str = Field(description="Also in X-Request-Id, in the server's log and in the VM's execution log.")
+    hint: str | None = Field(None, description="What to do about it.")
+    retryable: bool | None = Field(None, description="Whether the same call may succeed later.")
+    details: dict[str, Any] | None = Field(None, description="Facts about the error; depends on `code`.")

@@ -1,0 +1,113 @@
+"""/v1/vms: create, look, start, stop, delete, logs."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rundatsheesh.manager.api import parse, views
+from rundatsheesh.manager.api.auth import caller_of
+from rundatsheesh.manager.api.context import VmId, context_of, services_of
+from rundatsheesh.manager.api.openapi import GUEST_ERRORS, operation
+from rundatsheesh.manager.api.requests import read_json, read_nothing, read_query
+from rundatsheesh.manager.api.schemas.vms import (
+    CreateVmBody,
+    ExecLogsQuery,
+    ExecLogsView,
+    ListVmsQuery,
+    LogsQuery,
+    LogsView,
+    VmView,
+)
+from rundatsheesh.manager.api.streaming import until_disconnect
+from rundatsheesh.manager.model import State
+
+router = APIRouter(prefix="/v1/vms", tags=["VMs"])
+
+BODY_ERRORS = (400, 408, 413)
+_LIST = {"application/json": {"schema": {"type": "array", "items": {"$ref": "#/components/schemas/VmView"}}}}
+
+
+@router.post(
+    "",
+    **operation(
+        "createVm",
+        "Create and start a VM",
+        status=201,
+        body=CreateVmBody,
+        answer=VmView,
+        errors=(*BODY_ERRORS, 404, 409, *GUEST_ERRORS),
+    ),
+)
+async def create_vm(request: Request) -> Response:
+    context, caller = context_of(request), caller_of(request.scope)
+    context.creates.take(caller.who)
+    body = await read_json(request, CreateVmBody)
+    wanted = parse.create_vm(body, context.services.settings)
+    record = await until_disconnect(request, context.services.vms.create(wanted, caller))
+    return views.answer(views.vm(record), 201)
+
+
+@router.get("", **operation("listVms", "List VMs, oldest first", query=ListVmsQuery, answer=_LIST, errors=(400,)))
+async def list_vms(request: Request) -> Response:
+    query = read_query(request, ListVmsQuery)
+    state = None if query.state is None else State(query.state)
+    records = await services_of(request).vms.list(state=state, labels=parse.label_filter(query.label))
+    return views.answer([views.vm(record) for record in records])
+
+
+@router.get("/{vm_id:ident}", **operation("getVm", "Look at a VM", answer=VmView, errors=(404,)))
+async def get_vm(request: Request, vm_id: VmId) -> Response:
+    return views.answer(views.vm(await services_of(request).vms.get(vm_id)))
+
+
+@router.delete(
+    "/{vm_id:ident}",
+    **operation("deleteVm", "Delete a VM and its files", status=204, errors=(*BODY_ERRORS, 404, 409)),
+)
+async def delete_vm(request: Request, vm_id: VmId) -> Response:
+    await read_nothing(request)
+    await services_of(request).vms.destroy(vm_id, caller_of(request.scope))
+    return views.nothing()
+
+
+@router.post(
+    "/{vm_id:ident}/start",
+    **operation("startVm", "Start a stopped VM", status=204, errors=(*BODY_ERRORS, 404, 409, *GUEST_ERRORS)),
+)
+async def start_vm(request: Request, vm_id: VmId) -> Response:
+    await read_nothing(request)
+    await services_of(request).vms.start(vm_id, caller_of(request.scope))
+    return views.nothing()
+
+
+@router.post(
+    "/{vm_id:ident}/stop",
+    **operation("stopVm", "Stop a VM; /workspace stays", status=204, errors=(*BODY_ERRORS, 404, 409, *GUEST_ERRORS)),
+)
+async def stop_vm(request: Request, vm_id: VmId) -> Response:
+    await read_nothing(request)
+    await services_of(request).vms.stop(vm_id, caller_of(request.scope))
+    return views.nothing()
+
+
+@router.get(
+    "/{vm_id:ident}/logs",
+    **operation("getVmLogs", "Tail of an engine or console log", query=LogsQuery, answer=LogsView, errors=(400, 404)),
+)
+async def get_logs(request: Request, vm_id: VmId) -> Response:
+    query = read_query(request, LogsQuery)
+    return views.answer(views.logs(await services_of(request).vms.logs(vm_id, query.type, query.tail)))
+
+
+@router.get(
+    "/{vm_id:ident}/exec-logs",
+    **operation(
+        "getVmExecLogs", "Calls into a VM, newest first", query=ExecLogsQuery, answer=ExecLogsView, errors=(400, 404)
+    ),
+)
+async def get_exec_logs(request: Request, vm_id: VmId) -> Response:
+    query = read_query(request, ExecLogsQuery)
+    page = await services_of(request).vms.exec_logs(vm_id, query.limit, query.type)
+    return views.answer({"entries": [views.exec_log_entry(entry) for entry in page.entries], "hasMore": page.has_more})
