@@ -31,7 +31,7 @@ DEFAULT_ENV = {
 }
 
 
-class CallFailed(Exception):  # noqa: N818  (a call that failed is an answer, not an error of the agent)
+class CallFailed(Exception):
     """The call ends with this code and message instead of a reply. The host knows what class of error a code is."""
 
     def __init__(self, code: str, message: str, details: dict[str, object] | None = None) -> None:

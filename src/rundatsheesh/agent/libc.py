@@ -1,0 +1,55 @@
+"""System calls that the standard library has no name for.
+
+Through `_ctypes` itself: the `ctypes` package around it costs a tenth of the agent's start.
+"""
+
+from __future__ import annotations
+
+import _ctypes
+import os
+
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+POWER_OFF = 0x4321FEDC
+LAST_CAPABILITY = 63  # above the last that exists; dropping one that does not is refused and means nothing
+
+_self = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None is the program with all that it has loaded
+
+
+def call(function: str, *arguments: int | bytes) -> int:
+    """The function's int result. -1 is failure; errno is not available."""
+    result: int = _ctypes.call_function(_ctypes.dlsym(_self, function), arguments)
+    return result
+
+
+def must_prctl(option: int, argument: int) -> None:
+    if call("prctl", option, argument, 0, 0, 0) != 0:
+        raise OSError(f"prctl({option}, {argument}) was refused")
+
+
+def renounce_privileges() -> None:
+    """Nothing started from here on can gain a privilege by executing a file; the caller keeps what it has."""
+    must_prctl(PR_SET_NO_NEW_PRIVS, 1)
+    for capability in range(LAST_CAPABILITY + 1):
+        call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def be_subreaper() -> None:
+    """Every descendant that loses its parent becomes our child, whatever session or group it made for itself."""
+    must_prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def hide_from_users() -> None:
+    """Our memory, environment and descriptors cannot be looked at by other users of this kernel."""
+    must_prctl(PR_SET_DUMPABLE, 0)
+
+
+def power_off() -> None:
+    """Flush what is written and switch the machine off. Returns only where that is refused."""
+    os.sync()
+    call("umount2", b"/workspace", 0)
+    os.sync()
+    call("reboot", POWER_OFF)

@@ -1,0 +1,39 @@
+"""Limits of each user process. Set once from the agent's arguments, before anything is forked."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+processes = 512  # of the user at once; a fork bomb ends here
+files = 4096  # open at once, per process
+preferred_by_oom_killer = False  # whether /proc/self/oom_score_adj means something in this kernel
+
+_OWN_FILES = 65536
+_USER_OOM_SCORE = 500  # memory exhaustion takes the user's processes, not the agent
+
+
+def apply() -> None:
+    """To this process and its descendants. Hard limits: they cannot be raised again by the user."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = files if most == resource.RLIM_INFINITY else min(files, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if preferred_by_oom_killer:
+        set_oom_score(_USER_OOM_SCORE)
+
+
+def raise_own() -> None:
+    """As many descriptors for the agent itself as the kernel lets us have."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OWN_FILES if most == resource.RLIM_INFINITY else min(_OWN_FILES, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+
+
+def set_oom_score(score: int) -> None:
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"%d" % score)
+    finally:
+        os.close(fd)

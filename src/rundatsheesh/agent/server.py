@@ -1,0 +1,197 @@
+"""The agent's server: one trusted stream from the host at a time, many calls over it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import threading
+
+from . import identity, wire
+from .calls import Call, Cancelled, Connection
+from .console import report, say
+from .init import POWER_OFF
+from .job import CallFailed, Command
+from .loop import IN, Loop
+from .run import Run
+from .spawner import Spawner
+from .transfer import download, upload
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+    from .options import Options
+
+VERSION = "1"
+
+
+class Server:
+    def __init__(self, options: Options, init: socket.socket) -> None:
+        self._options = options
+        self._init = init
+        self.loop = Loop()
+        self._spawner = Spawner(self.loop, init)
+        self._spawner.on_change = self._tell_watchers
+        self._watchers: list[Watcher] = []
+        # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
+        self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
+            "exec": self._exec,
+            "script": self._script,
+            "upload": lambda call, params: upload(call, params, self._spawner),
+            "download": lambda call, params: download(call, params, self._spawner),
+            "configure": lambda call, params: identity.configure(params, self._options.engine),
+        }
+        self._at_once: dict[str, Callable[[Call], None]] = {
+            "ping": lambda call: call.reply({}),
+            "processes": self._watch_processes,
+            "shutdown": self._shutdown,
+        }
+
+    def prepare(self) -> None:
+        """Have a supervisor waiting for the first call."""
+        self._spawner.refill()
+
+    def hello(self) -> bytes:
+        return wire.encode(
+            {
+                "protocol": wire.PROTOCOL,
+                "agent_version": VERSION,
+                "boot_id": identity.boot_id,
+                "engine": self._options.engine,
+            }
+        )
+
+    def dispatch(self, call: Call, body: bytes) -> None:
+        params = wire.decode(body)
+        name = params.pop("call", None)
+        if name in self._at_once:
+            self._at_once[name](call)
+        elif name in self._handlers:
+            threading.Thread(target=self._run, args=(self._handlers[name], call, params), daemon=True).start()
+        else:
+            call.fail("internal", f"the agent does not know the call {name!r}")
+
+    def _run(self, handler: Callable[[Call, dict[str, Any]], dict[str, Any]], call: Call, params: Any) -> None:
+        try:
+            call.reply(handler(call, params))
+        except CallFailed as failure:
+            call.fail(failure.code, failure.message, failure.details)
+        except Cancelled:
+            call.fail("cancelled", "the call was cancelled")
+        except Exception as error:
+            report(error)
+            call.fail("internal", f"{type(error).__name__} in the agent")
+        finally:
+            self._spawner.refill()
+
+    def _exec(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
+        argv = ["/bin/bash", "-lc", params["cmd"]]
+        command = Command(argv=argv, env=params["env"], cwd=params["cwd"])
+        return Run(call, command, self._spawner, params["timeout_ms"], params["max_output"]).run()
+
+    def _script(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
+        from . import scripts  # costs the start nothing this way
+
+        command = scripts.prepare(params)
+        return Run(call, command, self._spawner, params["timeout_ms"], params["max_output"]).run()
+
+    def _watch_processes(self, call: Call) -> None:
+        self._watchers = [watcher for watcher in self._watchers if not watcher.call.cancelled]
+        watcher = Watcher(call, self._spawner)
+        self._watchers.append(watcher)
+        call.on_credit = watcher.tell
+        call.on_cancel(lambda: call.fail("cancelled", "the watch was cancelled"))
+        watcher.tell()
+
+    def _tell_watchers(self) -> None:
+        for watcher in self._watchers:
+            watcher.tell()
+
+    def _shutdown(self, call: Call) -> None:
+        call.reply({})
+        self._init.send(POWER_OFF)
+
+
+class Watcher:
+    """Tells the host how many process trees live, whenever that changes between none and some."""
+
+    def __init__(self, call: Call, spawner: Spawner) -> None:
+        self.call = call
+        self._spawner = spawner
+        self._told: int | None = None
+
+    def tell(self) -> None:
+        if self.call.cancelled:
+            return
+        try:
+            with self.call.lock:
+                live = self._spawner.live
+                news = self._told is None or bool(live) != bool(self._told)
+                if news and self.call.try_send(wire.RESULT, b"%d\n" % live):
+                    self._told = live
+        except Cancelled:
+            return
+
+
+class SocketTransport:
+    """Listens on a unix socket; a new connection replaces the one before, whose manager is gone."""
+
+    def __init__(self, server: Server, path: str) -> None:
+        self._server = server
+        self._stream: socket.socket | None = None
+        self._connection: Connection | None = None
+        if os.path.lexists(path):  # of an earlier boot
+            os.unlink(path)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)  # as init's umask has it: for root alone
+        self._listener.listen(8)
+        self._listener.setblocking(False)
+        server.loop.watch(self._listener.fileno(), self._on_connect)
+
+    def _on_connect(self, events: int) -> None:
+        try:
+            stream, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        self._disconnect()
+        stream.setblocking(False)
+        self._stream = stream
+        self._connection = Connection(stream.fileno(), self._server.loop, self._server.hello, self._server.dispatch)
+        self._server.loop.watch(stream.fileno(), self._on_ready)
+
+    def _on_ready(self, events: int) -> None:
+        connection = self._connection
+        assert connection is not None
+        try:
+            if events & ~IN:
+                connection.write()
+            if not connection.read():
+                self._disconnect()
+        except wire.ProtocolError as error:
+            say(f"dropping the connection: {error}")
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._stream is None or self._connection is None:
+            return
+        self._server.loop.forget(self._stream.fileno())
+        self._connection.close()
+        self._stream.close()
+        self._stream = self._connection = None
+
+
+def main(options: Options, init: socket.socket) -> NoReturn:
+    gc.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = Server(options, init)
+    if options.port is None:
+        SocketTransport(server, options.socket)
+    else:
+        from .port import PortTransport
+
+        PortTransport(server, options.port)
+    server.prepare()
+    server.loop.run()
