@@ -90,3 +90,8 @@ class Settings(BaseSettings):
 def _text(settings: Settings, name: str) -> str:
     value = getattr(settings, name)
     return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def inherited_environment() -> dict[str, str]:
+    """The environment for the package tools of a set-up, which find proxies, mirrors and certificates there."""
+    return dict(os.environ)

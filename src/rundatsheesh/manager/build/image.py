@@ -60,6 +60,7 @@ class Image:
 class Build:
     """What a build step gets: the directory that becomes the image, the environment for downloads, a listener."""
 
+    recipe: str  # hash of the recipe that is being followed
     directory: Path
     environment: Mapping[str, str]
     report: Report
@@ -119,9 +120,10 @@ async def build_image(where: Path, environment: Mapping[str, str], report: Repor
     """Build this recipe's image in a new directory beneath `where`. On any failure nothing of it is left."""
     if os.geteuid() != 0:
         raise HostError("only root can build a guest image, whose files belong to root")
+    recipe = recipe_hash()
     directory = await asyncio.to_thread(_new_directory, where)
     try:
-        build = Build(directory, environment, report)
+        build = Build(recipe, directory, environment, report)
         for step in STEPS:
             await step(build)
         return _read(directory)
@@ -167,7 +169,7 @@ def _write_manifest(build: Build, wheels: tuple[Path, ...]) -> None:
     contents = files.describe(build.root)
     (build.directory / "contents.txt").write_text(contents)
     manifest = Manifest(
-        recipe=recipe_hash(),
+        recipe=build.recipe,
         suite=RECIPE.suite,
         architecture=guest_architecture(),
         contents_sha256=hashlib.sha256(contents.encode()).hexdigest(),

@@ -28,6 +28,7 @@ class Step:
     name: str
     look: Callable[[], str | None]  # the fact when there is nothing to do; cheap, without side effects
     run: Callable[[Report], Awaitable[str]]  # does it and returns the new fact
+    alone: bool = True  # changes the host: only as root, and no other set-up at the same time
 
 
 class Display(Protocol):
@@ -82,6 +83,8 @@ async def locked(cache: Path, report: Report) -> AsyncIterator[None]:
 
 
 async def _do(step: Step, report: Report, cache: Path) -> str:
+    if not step.alone:
+        return await step.run(report)
     if os.geteuid() != 0:
         raise HostError(f"{step.name}: only root can set this up", hint="run it with sudo")
     async with locked(cache, report):
