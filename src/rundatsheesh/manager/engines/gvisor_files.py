@@ -1,0 +1,204 @@
+"""The files of one sandbox, and the small file tree that is all of the host that runsc gets to see.
+
+    <runtime>/             a tmpfs of its own: bounded in bytes and files, and gone with one unmount
+    ├── machine.json       the sandbox's processes, for the manager that comes after us
+    ├── bundle/config.json
+    ├── etc/               identity files of the guest
+    ├── state/             runsc's
+    ├── channel/           the guest's /run/agent, which the guest's root may write to
+    ├── console.log        what the agent and runsc wrote; STORAGE_ROOT links to it while the guest runs
+    ├── engine.log
+    └── root/              root of runsc's mount namespace: empty directories to bind onto
+
+The guest can make three things grow without asking: the logs, files in the channel, and runsc's state. All are in the
+tmpfs, so the kernel bounds them whether a manager runs or not; a guest that fills it harms itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rundatsheesh.manager.engines import oci
+from rundatsheesh.manager.engines.base import VmFiles
+from rundatsheesh.manager.host import mounts
+from rundatsheesh.manager.host.mounts import Bind, Flag
+from rundatsheesh.manager.host.process import ProcessRef
+from rundatsheesh.manager.model import VmRecord
+
+TMPFS_OPTIONS = "size=2m,nr_inodes=256,mode=0700"
+LOG_KEEP_BYTES = 256 << 10  # of each log, after the guest has ended
+LOG_TRIM_BYTES = 512 << 10  # of a log of a running guest that has this many, the last LOG_KEEP_BYTES stay
+_COPY_BUFFER = 64 << 10
+
+SOURCES = oci.Sources(
+    image="/image",
+    workspace="/workspace",
+    agent_parent="/opt-rds",
+    channel="/vm/channel",
+    etc="/vm/etc",
+    netns="/netns",
+)
+RUNSC = "/bin/runsc"
+BUNDLE = "/vm/bundle"
+STATE = "/vm/state"
+ENGINE_LOG = "/vm/engine.log"
+NETNS_DIRECTORY = Path("/run/netns")
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxFiles:
+    """Paths on the host, derived from the runtime directory; nothing is created by asking."""
+
+    runtime: Path
+
+    @property
+    def channel(self) -> Path:
+        return self.runtime / "channel"
+
+    @property
+    def socket(self) -> Path:
+        return self.channel / "agent.sock"
+
+    @property
+    def console(self) -> Path:
+        return self.runtime / "console.log"
+
+    @property
+    def engine(self) -> Path:
+        return self.runtime / "engine.log"
+
+    @property
+    def root(self) -> Path:
+        return self.runtime / "root"
+
+    @property
+    def processes(self) -> Path:
+        return self.runtime / "machine.json"
+
+
+def prepare(record: VmRecord, files: VmFiles, cgroup: str) -> None:
+    """Mount the runtime directory and fill it with all that runsc needs to start. Raises OSError."""
+    sandbox = SandboxFiles(files.runtime)
+    files.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mounts.mount("rundatsheesh", files.runtime, "tmpfs", Flag.NOSUID | Flag.NODEV | Flag.NOEXEC, TMPFS_OPTIONS)
+    for name in ("bundle", "etc", "state", "channel"):
+        (files.runtime / name).mkdir(mode=0o700)
+    config = oci.configuration(vm_id=record.id, mem_mb=record.spec.mem_mb, cgroup=cgroup, sources=SOURCES)
+    (files.runtime / "bundle/config.json").write_text(json.dumps(config))
+    for name, text in oci.identity_files(record.id, record.slot.guest_ip).items():
+        (files.runtime / "etc" / name).write_text(text)
+        (files.runtime / "etc" / name).chmod(0o644)
+    _make_root(sandbox.root)
+    for kept, live in ((files.console_log, sandbox.console), (files.engine_log, sandbox.engine)):
+        _open_log(kept, live)
+
+
+def private_tree(
+    record: VmRecord, files: VmFiles, *, runsc: Path, image: Path, agent: Path, device: Path | None
+) -> int:
+    """A descriptor of runsc's mount namespace. Nothing but these files of the host exists in it, so neither runsc nor
+    what may break out of it sees the rest, and no file system of another VM is kept busy by it. The image is read-only
+    there by the kernel's word, whatever runsc does. Raises OSError."""
+    binds = [
+        Bind(Path("/proc"), "proc", recursive=True),
+        Bind(Path("/sys/fs/cgroup"), "sys/fs/cgroup", recursive=True),
+        Bind(Path("/dev/null"), "dev/null"),
+        Bind(runsc.resolve(), "bin/runsc", read_only=True),
+        Bind(image, "image", read_only=True),
+        Bind(agent, "opt-rds/agent", read_only=True),
+        Bind(NETNS_DIRECTORY / record.slot.netns, "netns"),
+        Bind(files.workspace, "workspace"),
+        Bind(files.runtime, "vm"),
+    ]
+    root = SandboxFiles(files.runtime).root
+    if device is not None:
+        (root / "dev" / device.name).touch()
+        binds.append(Bind(device, f"dev/{device.name}"))
+    # Kernels that show the host's socket buffer sizes in every network namespace make runsc refuse to use one.
+    return mounts.private_namespace(root, binds, hidden=["proc/sys/net"])
+
+
+def remove(files: VmFiles) -> None:
+    """Keep the logs, then remove the runtime directory with all that is in it. Idempotent; the sandbox's processes must
+    be gone."""
+    sandbox = SandboxFiles(files.runtime)
+    for kept, live in ((files.console_log, sandbox.console), (files.engine_log, sandbox.engine)):
+        _settle_log(kept, live)
+    while mounts.unmount(files.runtime):
+        continue
+    if files.runtime.is_dir():
+        shutil.rmtree(files.runtime)
+
+
+def trim_logs(files: VmFiles) -> None:
+    """Make room in the logs of a running guest, so that they go on with what is new. Only a convenience: they are
+    bounded anyway."""
+    sandbox = SandboxFiles(files.runtime)
+    for log in (sandbox.console, sandbox.engine):
+        if log.exists() and log.stat().st_size > LOG_TRIM_BYTES:
+            tail = read_tail(log, LOG_KEEP_BYTES)
+            # Writers append, so they go on at the new end.
+            with open(log, "r+b") as file:
+                file.truncate(0)
+            with open(log, "ab") as file:
+                file.write(tail)
+
+
+def read_tail(path: Path, size: int) -> bytes:
+    """The last bytes of a file; empty when there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-min(size, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            return file.read(size)
+    except FileNotFoundError:
+        return b""
+
+
+def write_processes(files: VmFiles, processes: list[ProcessRef]) -> None:
+    """Note the sandbox's processes, runsc itself first. Complete or not at all."""
+    path = SandboxFiles(files.runtime).processes
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps([[p.pid, p.start_time] for p in processes]))
+    new.rename(path)
+
+
+def read_processes(files: VmFiles) -> list[ProcessRef]:
+    """What write_processes noted; empty when nothing was."""
+    try:
+        noted = json.loads(SandboxFiles(files.runtime).processes.read_text())
+    except FileNotFoundError:
+        return []
+    return [ProcessRef(pid, start_time) for pid, start_time in noted]
+
+
+def _make_root(root: Path) -> None:
+    for name in ("proc", "sys/fs/cgroup", "dev", "bin", "tmp", "image", "opt-rds/agent", "workspace", "vm"):
+        (root / name).mkdir(parents=True)
+    (root / "opt-rds").chmod(0o700)
+    for name in ("dev/null", "bin/runsc", "netns"):
+        (root / name).touch()
+
+
+def _open_log(kept: Path, live: Path) -> None:
+    """Let the log of this run begin with the tail of the earlier ones, and be found where logs are looked for."""
+    live.write_bytes(read_tail(kept, _COPY_BUFFER))
+    new = kept.with_name(kept.name + ".new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(live)
+    new.replace(kept)
+
+
+def _settle_log(kept: Path, live: Path) -> None:
+    """Replace the link by the log itself, where there is one."""
+    if not kept.is_symlink():
+        return
+    if not kept.parent.is_dir():
+        return
+    new = kept.with_name(kept.name + ".new")
+    new.unlink(missing_ok=True)
+    new.write_bytes(read_tail(live, LOG_KEEP_BYTES))
+    new.replace(kept)

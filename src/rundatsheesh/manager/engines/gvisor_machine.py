@@ -1,0 +1,110 @@
+"""A running gVisor sandbox: three host processes (runsc, its sandbox, its gofer) and the stubs of the guest's
+processes, all in one cgroup. The end of any of the three is the end of the guest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from rundatsheesh.manager.engines import gvisor_channel, gvisor_files
+from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
+from rundatsheesh.manager.engines.gvisor_files import SandboxFiles
+from rundatsheesh.manager.errors import EngineError
+from rundatsheesh.manager.host.cgroups import Cgroup
+from rundatsheesh.manager.host.process import Child, ProcessRef
+
+CONNECT_TIMEOUT = 10.0  # seconds, for a guest whose agent listens already
+AFTERMATH_TIMEOUT = 2.0  # for runsc to notice that its sandbox ended, and to tell the exit status
+EVIDENCE_BYTES = 4000
+SIGNALLED = 128  # exit statuses above it name a signal
+
+
+class GVisorMachine:
+    """Implements engines.base.Machine. Make one only for a sandbox that runs; it watches from then on."""
+
+    def __init__(self, files: VmFiles, cgroup: Cgroup, processes: Sequence[ProcessRef], child: Child | None) -> None:
+        self._files = files
+        self._sandbox = SandboxFiles(files.runtime)
+        self._cgroup = cgroup
+        self._runsc = processes[0]
+        self._processes = tuple(processes)
+        self._child = child  # None when an earlier manager started it: then the exit status is not ours to read
+        self._stopping = False
+        self._freezing = asyncio.Lock()
+        self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
+
+    async def connect(self) -> Stream:
+        try:
+            return await gvisor_channel.connect(self._sandbox.socket, self.wait, CONNECT_TIMEOUT)
+        except EngineError as error:
+            error.details["log"] = evidence(self._files)
+            raise
+
+    async def wait(self) -> Exit:
+        return await asyncio.shield(self._exit)
+
+    async def stop(self, grace: float) -> None:
+        """As promised by Machine, but at once: a sandbox has no power button. Who wants the guest's processes to end in
+        good order asks the agent before. Nothing written is lost, for it is with the host's kernel already."""
+        self._stopping = True
+        await asyncio.to_thread(self._cgroup.kill)
+        await self.wait()
+
+    async def freeze(self) -> None:
+        """As promised by Machine; raises EngineError when the guest has ended."""
+        async with self._freezing:
+            try:
+                await asyncio.to_thread(self._cgroup.freeze)
+            except OSError as error:
+                raise EngineError(f"cannot freeze {self._cgroup.name}: {error}") from error
+
+    async def thaw(self) -> None:
+        async with self._freezing:
+            await asyncio.to_thread(self._cgroup.thaw)
+
+    async def _watch(self) -> Exit:
+        """Notice the first end among the sandbox's processes, see to it that nothing of it is left, and say why."""
+        await gvisor_channel.first_of([process.wait() for process in self._processes], None)
+        await self.thaw()  # a frozen runsc could not tell us anything
+        await gvisor_channel.first_of([self._runsc.wait()], AFTERMATH_TIMEOUT)
+        crashed = self._runsc.alive()
+        await asyncio.to_thread(self._cgroup.kill)
+        status = await self._child.wait() if self._child is not None else None
+        return Exit(self._reason(status, crashed), status, evidence(self._files))
+
+    def _reason(self, status: int | None, crashed: bool) -> str:
+        if self._stopping:
+            return "stopped"
+        if self._cgroup.oom_kills() > 0:
+            return "out_of_memory"
+        if crashed or (status is not None and (status < 0 or status > SIGNALLED)):
+            return "killed"
+        return "agent_exited" if status is not None else "ended"
+
+
+def find_processes(runsc: ProcessRef, cgroup: Cgroup) -> list[ProcessRef]:
+    """runsc and those that it started itself, the sandbox and the gofer; the others of the group are the sandbox's."""
+    return [runsc, *(ref for ref in map(_reference, cgroup.pids()) if ref and _parent(ref.pid) == runsc.pid)]
+
+
+def evidence(files: VmFiles) -> str:
+    """The end of both logs."""
+    logs = [gvisor_files.read_tail(path, EVIDENCE_BYTES // 2) for path in (files.engine_log, files.console_log)]
+    return b"\n".join(log.strip() for log in logs if log.strip()).decode(errors="replace")
+
+
+def _reference(pid: int) -> ProcessRef | None:
+    try:
+        return ProcessRef.of(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _parent(pid: int) -> int | None:
+    """The process's parent; None when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
