@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-if not __package__:  # a directory that is executed is no package: make it one, by whatever name it was mounted
+package = __package__
+if not package:  # a directory that is executed is no package: import it as one, by whatever name it was mounted
     here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[0] = os.path.dirname(here)
-    __package__ = os.path.basename(here)
-    __import__(__package__)
+    sys.path[0], package = os.path.split(here)
 
-from .init import main
-from .options import Options
-
-main(Options(sys.argv[1:]))
+start = __import__(f"{package}.init", fromlist=["main"])
+start.main(sys.argv[1:])

@@ -14,6 +14,8 @@ import socket
 
 from . import libc, limits
 from .console import report, say
+from .descriptors import receive
+from .options import Options
 from .signals import Waiter
 from .supervisor import supervise
 from .sweep import descendants, sweep
@@ -21,8 +23,6 @@ from .sweep import descendants, sweep
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
-
-    from .options import Options
 
 FORK = b"F"
 POWER_OFF = b"P"
@@ -52,7 +52,7 @@ class Init:
                 self._on_request()
 
     def _on_request(self) -> None:
-        message, fds, _, _ = socket.recv_fds(self._requests, 1, 2, socket.MSG_CMSG_CLOEXEC)
+        message, fds = receive(self._requests, 1, 2)
         if message == FORK:
             self._fork_supervisor(*(socket.socket(fileno=fd) for fd in fds))
         elif message == POWER_OFF:
@@ -120,7 +120,8 @@ class Init:
                 return False
 
 
-def main(options: Options) -> NoReturn:
+def main(arguments: list[str]) -> NoReturn:
+    options = Options(arguments)
     _prepare(options)
     waiter = Waiter(signal.SIGCHLD)
     requests, servers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 
+from . import descriptors
 from .init import FORK
 from .job import CallFailed
 from .supervisor import KILL, read_failure, send_job
@@ -100,7 +101,7 @@ class Spawner:
         self.on_change: Callable[[], None] = lambda: None
 
     def ask_init(self, request: bytes, fds: list[int]) -> None:
-        socket.send_fds(self._init, [request], fds)
+        descriptors.send(self._init, request, fds)
 
     def take(self) -> Tree:
         with self._lock:

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 
-from . import libc, limits
+from . import descriptors, libc, limits
 from .job import CallFailed
 from .signals import Waiter
 from .sweep import sweep
@@ -119,7 +119,7 @@ def send_job(job: socket.socket, order: tuple[Any, ...], fds: list[int]) -> None
     """Hand a work order and its descriptors (0, 1, 2, ... of the program) to a waiting child."""
     body = marshal.dumps(order)
     head = len(body).to_bytes(4, "big")
-    socket.send_fds(job, [head], fds)
+    descriptors.send(job, head, fds)
     job.sendall(body)
 
 
@@ -166,7 +166,7 @@ def _tell(job: socket.socket, failure: tuple[str, Any]) -> None:
 
 
 def _receive_job(job: socket.socket) -> tuple[Any, list[int]]:
-    head, fds, _, _ = socket.recv_fds(job, 4, 8, socket.MSG_CMSG_CLOEXEC)
+    head, fds = descriptors.receive(job, 4, 8)
     if not head:
         return None, []
     while len(head) < 4:

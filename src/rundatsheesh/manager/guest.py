@@ -1,0 +1,362 @@
+"""The host's end of one VM's channel: what can be asked of the agent, and what is believed of its answers.
+
+Errors: InvalidInput and NotFound where the caller's path is wrong; GuestUnresponsive where no answer came in time;
+GuestMisbehaved where the guest broke the protocol (the channel is then closed); GuestGone where the stream ended;
+GuestError for everything else that the guest says went wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from rundatsheesh.agent import wire
+from rundatsheesh.manager.channel import STALL, CallError, Channel, GuestCall, GuestGone
+from rundatsheesh.manager.engines.base import Stream
+from rundatsheesh.manager.errors import (
+    GuestError,
+    GuestMisbehaved,
+    GuestUnresponsive,
+    InvalidInput,
+    NotFound,
+    RdsError,
+)
+from rundatsheesh.manager.guest_output import MAX_TEXT, Capture, UnusableValueError, Value, clean_text, parse_value
+from rundatsheesh.manager.guest_values import CallResult, ExecRequest, Hello, Identity, ScriptRequest
+from rundatsheesh.manager.model import UploadManifest
+
+__all__ = [
+    "CallResult",
+    "Download",
+    "ExecRequest",
+    "Guest",
+    "GuestGone",
+    "Hello",
+    "Identity",
+    "ScriptRequest",
+]
+
+ANSWER_GRACE = 20.0  # seconds after a command's deadline in which the guest must have killed it and answered
+SIMPLE_TIMEOUT = 20.0  # seconds for calls that run nothing of the user's
+KILLED = 137
+_MAX_INT = 1 << 53
+
+T = TypeVar("T")
+
+
+class Guest:
+    def __init__(self, channel: Channel, hello: Hello) -> None:
+        self._channel = channel
+        self.hello = hello
+
+    @classmethod
+    async def connect(cls, stream: Stream, *, timeout: float) -> Guest:  # noqa: ASYNC109  (named in its error)
+        """Take over the stream, which may carry bytes of an earlier user. Closes it when it raises."""
+        channel = Channel(stream)
+        answer = await channel.open(timeout)
+        try:
+            return cls(channel, _hello(answer))
+        except GuestMisbehaved:
+            await channel.close()
+            raise
+
+    async def wait_closed(self) -> RdsError | None:
+        """Return when the channel has ended: why, or None when `close` was called."""
+        return await self._channel.wait_closed()
+
+    async def close(self) -> None:
+        """End the channel and all its calls. The guest itself runs on. Idempotent."""
+        await self._channel.close()
+
+    async def configure(self, identity: Identity) -> None:
+        """Give the guest its identity; returns when all of it is in force."""
+        answer = await self._simple(
+            {
+                "call": "configure",
+                "hostname": identity.hostname,
+                "guest_ip": identity.guest_ip,
+                "mac": identity.mac,
+                "gateway": identity.gateway,
+                "machine_id": identity.machine_id,
+                "entropy": identity.entropy.hex(),
+                "time_ns": identity.time_ns if identity.time_ns is not None else time.time_ns(),
+                "boot_id": identity.boot_id,
+            }
+        )
+        self.hello = replace(self.hello, boot_id=self._believed(lambda: _word(answer, "boot_id")))
+
+    async def exec(self, request: ExecRequest) -> CallResult:
+        """Run a shell command to its end or its deadline."""
+        return await self._run(
+            {"call": "exec", "cmd": request.cmd, "cwd": request.cwd, "env": dict(request.env)},
+            request.timeout_ms,
+            request.max_output,
+        )
+
+    async def run_script(self, request: ScriptRequest) -> CallResult:
+        """Run TypeScript or JavaScript to its end or its deadline."""
+        parameters = {
+            "call": "script",
+            "language": request.language,
+            "code": request.code,
+            "path": request.path,
+            "args": list(request.args),
+            "env": dict(request.env),
+            "flags": list(request.flags),
+            "allow_net": request.allow_net,
+        }
+        return await self._run(parameters, request.timeout_ms, request.max_output)
+
+    async def upload(self, dest: str, manifest: UploadManifest, chunks: AsyncIterator[bytes]) -> None:
+        """Write a checked upload's canonical stream beneath `dest`. When it raises, part of it may be written."""
+        sizes = {
+            "entries": manifest.entries,
+            "table_bytes": manifest.table_bytes,
+            "content_bytes": manifest.content_bytes,
+        }
+        call = self._channel.call({"call": "upload", "dest": dest, **sizes}, _refuse_data)
+        try:
+            async for chunk in chunks:
+                if not await call.send(wire.FILE, chunk):
+                    break
+            call.finish_sending()
+            await _answer(call, STALL)
+        finally:
+            call.cancel()
+
+    async def download(self, path: str) -> Download:
+        """Start reading a directory or file as tar. Returns with the first bytes, so a wrong path raises now."""
+        download = Download()
+        download.call = self._channel.call({"call": "download", "path": path}, download.take)
+        try:
+            await download.first()
+        except BaseException:
+            download.call.cancel()
+            raise
+        return download
+
+    async def processes(self) -> AsyncIterator[int]:
+        """The number of live user process trees, now and whenever it changes between none and some. Ends only with an
+        error, or when the caller stops iterating."""
+        watch = _Watch()
+        call = watch.call = self._channel.call({"call": "processes"}, watch.take)
+        try:
+            while not call.ended:
+                if watch.latest is None:
+                    await call.news(None)
+                else:
+                    number, watch.latest = watch.latest, None
+                    yield number
+            await _answer(call, SIMPLE_TIMEOUT)
+            raise call.condemned("the guest ended a watch that nobody cancelled")
+        finally:
+            call.cancel()
+
+    async def ping(self, timeout: float) -> None:  # noqa: ASYNC109  (named in its error)
+        """Return when the agent has answered; GuestUnresponsive after `timeout` seconds."""
+        await self._simple({"call": "ping"}, timeout)
+
+    async def shutdown(self) -> None:
+        """Have the guest flush its disk and end. Returns when it has agreed; the channel's end follows."""
+        await self._simple({"call": "shutdown"})
+
+    async def _simple(self, request: dict[str, Any], timeout: float = SIMPLE_TIMEOUT) -> dict[str, Any]:  # noqa: ASYNC109
+        return await _answer(self._channel.call(request, _refuse_data), timeout)
+
+    async def _run(self, request: dict[str, Any], timeout_ms: int, max_output: int) -> CallResult:
+        run = _Run(max_output)
+        limits = {"timeout_ms": timeout_ms, "max_output": max_output}
+        run.call = self._channel.call(request | limits, run.take)
+        try:
+            answer = await _answer(run.call, timeout_ms / 1000 + ANSWER_GRACE)
+        except GuestGone as gone:
+            gone.partial = run.partial()
+            raise
+        return self._believed(lambda: run.result(answer))
+
+    def _believed(self, read: Callable[[], T]) -> T:
+        """The value, or the end of the channel where the guest's answer cannot be."""
+        try:
+            return read()
+        except GuestMisbehaved as error:
+            self._channel.condemn(error)
+            raise
+
+
+class _Run:
+    """What arrives of one command."""
+
+    call: GuestCall
+
+    def __init__(self, max_output: int) -> None:
+        self._started = time.monotonic()
+        self._output = {wire.STDOUT: Capture(max_output), wire.STDERR: Capture(max_output)}
+        self._values = {wire.RESULT: Value(max_output), wire.SCRIPT_ERROR: Value(max_output)}
+
+    def take(self, stream: int, data: bytes) -> None:
+        """Raises GuestMisbehaved for a stream that does not exist, or a result over the limit."""
+        sink = self._output.get(stream) or self._values.get(stream)
+        if sink is None:
+            raise GuestMisbehaved(f"data on stream {stream}")
+        sink.feed(data)
+        self.call.consumed(len(data))
+
+    def result(self, answer: dict[str, Any]) -> CallResult:
+        """The whole result; GuestMisbehaved for numbers that cannot be."""
+        dropped = answer.get("dropped")
+        if not isinstance(dropped, list) or len(dropped) != 2:
+            raise GuestMisbehaved("no numbers of bytes left out")
+        for stream, number in zip((wire.STDOUT, wire.STDERR), dropped, strict=True):
+            self._output[stream].left_out += _integer(number, _MAX_INT)
+        timed_out = answer.get("timed_out")
+        if not isinstance(timed_out, bool):
+            raise GuestMisbehaved("no word about the deadline")
+        has_result, result, error = self._script_values()
+        return replace(
+            self.partial(),
+            exit_code=_integer(answer.get("exit_code"), 255),
+            duration_ms=min(_integer(answer.get("duration_ms"), _MAX_INT), self._elapsed_ms()),
+            timed_out=timed_out,
+            has_result=has_result,
+            result=result,
+            error=error,
+        )
+
+    def _script_values(self) -> tuple[bool, Any, Any]:
+        """Whether there is a result, the result, the error."""
+        try:
+            _, error = parse_value(self._values[wire.SCRIPT_ERROR])
+            return *parse_value(self._values[wire.RESULT]), error
+        except UnusableValueError as problem:
+            return False, None, {"name": "ResultError", "message": f"the script's result is not usable: {problem}"}
+
+    def partial(self) -> CallResult:
+        out, err = self._output[wire.STDOUT], self._output[wire.STDERR]
+        return CallResult(
+            exit_code=KILLED,
+            stdout=out.text(),
+            stderr=err.text(),
+            duration_ms=self._elapsed_ms(),
+            timed_out=False,
+            truncated=bool(out.left_out or err.left_out),
+        )
+
+    def _elapsed_ms(self) -> int:
+        return int((time.monotonic() - self._started) * 1000)
+
+
+class Download:
+    """A tar archive on its way. Iterate `chunks` to its end or close that iterator; either ends the call."""
+
+    call: GuestCall
+
+    def __init__(self) -> None:
+        self._waiting = bytearray()
+
+    @property
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Raw tar bytes. Raises when the guest fails on the way: what was received is then incomplete."""
+        try:
+            while True:
+                while not self._waiting and not self.call.ended:
+                    await self.call.news()
+                if not self._waiting:
+                    break
+                chunk, self._waiting = bytes(self._waiting), bytearray()
+                yield chunk
+                self.call.consumed(len(chunk))
+            await _answer(self.call, SIMPLE_TIMEOUT)
+        finally:
+            self.call.cancel()
+
+    def take(self, stream: int, data: bytes) -> None:
+        if stream != wire.FILE:
+            raise GuestMisbehaved(f"data on stream {stream}")
+        self._waiting += data
+
+    async def first(self) -> None:
+        while not self._waiting and not self.call.ended:
+            await self.call.news()
+        if not self._waiting:
+            await _answer(self.call, SIMPLE_TIMEOUT)
+            raise self.call.condemned("an empty archive")
+
+
+class _Watch:
+    """The latest number that arrived."""
+
+    call: GuestCall
+
+    def __init__(self) -> None:
+        self.latest: int | None = None
+        self._line = b""
+
+    def take(self, stream: int, data: bytes) -> None:
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            if not line.isdigit() or len(line) > 9:
+                raise GuestMisbehaved("a number of processes that is none")
+            self.latest = int(line)
+        if stream != wire.RESULT or len(self._line) > 9:
+            raise GuestMisbehaved("a number of processes that is none")
+        self.call.consumed(len(data))
+
+
+# Codes of the agent that reach the caller: class and the code of the wire.
+_CODES: Mapping[str, type[RdsError]] = {
+    "path_not_found": NotFound,
+    "path_outside_workspace": InvalidInput,
+    "invalid_input": InvalidInput,
+    "guest_storage_full": GuestError,
+    "guest_overloaded": GuestUnresponsive,
+}
+
+
+async def _answer(call: GuestCall, timeout: float) -> dict[str, Any]:  # noqa: ASYNC109
+    """The call's answer, or the error of ours that the guest's error is."""
+    try:
+        return await call.result(timeout)
+    except CallError as refused:
+        error = _translate(refused.answer)
+        raise (error if error is not None else call.condemned("an error without a code or a message")) from None
+
+
+def _translate(answer: dict[str, Any]) -> RdsError | None:
+    """None for an error that is none."""
+    code, message, details = answer.get("code"), answer.get("message"), answer.get("details")
+    if not isinstance(code, str) or not isinstance(message, str) or not isinstance(details, dict):
+        return None
+    kind = _CODES.get(code)
+    text = clean_text(message[:MAX_TEXT])
+    if kind is None:
+        return GuestError(text)
+    return kind(text, code=code, details={clean_text(k)[:100]: v for k, v in details.items() if _is_scalar(v)})
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int) or (isinstance(value, str) and clean_text(value) == value)
+
+
+def _hello(answer: dict[str, Any]) -> Hello:
+    if answer.get("protocol") != wire.PROTOCOL:
+        raise GuestMisbehaved(f"the agent does not speak protocol {wire.PROTOCOL}")
+    return Hello(_word(answer, "agent_version"), _word(answer, "boot_id"), _word(answer, "engine"))
+
+
+def _word(answer: dict[str, Any], name: str) -> str:
+    value = answer.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= 64 or not value.isascii() or not value.isprintable():
+        raise GuestMisbehaved(f"a greeting without {name}")
+    return value
+
+
+def _integer(value: Any, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise GuestMisbehaved("a number that cannot be")
+    return value
+
+
+def _refuse_data(stream: int, data: bytes) -> None:
+    raise GuestMisbehaved("data on a call that has none")
