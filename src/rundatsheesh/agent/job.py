@@ -13,8 +13,8 @@ if TYPE_CHECKING:
         def feed(self, data: bytes) -> None:
             """The next bytes of the channel, cut anywhere."""
 
-        def finish(self) -> tuple[bytes | None, bytes | None]:
-            """The result and the error as JSON text; called once, after the last `feed`."""
+        def finish(self, exit_code: int, stderr: bytes) -> tuple[bytes | None, bytes | None]:
+            """The result and the error as JSON text; called once, after the last `feed`. `stderr` is the end of it."""
 
 
 CHANNEL_FD = 3  # of the process that has a channel

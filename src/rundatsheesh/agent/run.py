@@ -30,6 +30,7 @@ _READ = 1 << 16
 # holds the output, it was quiet for the first time or the second has passed. Milliseconds.
 _QUIET = 50
 _GRACE = 250
+_STDERR_FOR_CHANNEL = 1 << 16
 _RETRY = 100  # for credit that has not come yet
 _KILL_WAIT = 10_000  # a process in an uninterruptible wait of the kernel must not hold the answer for ever
 
@@ -85,11 +86,11 @@ class Run:
         self._last_output = 0
         self._outputs = {wire.STDOUT: Output(wire.STDOUT, max_output), wire.STDERR: Output(wire.STDERR, max_output)}
         self._streams: dict[int, int] = {}  # descriptor -> stream; RESULT is the channel
-        self._tree: Tree | None = None
+        self._stderr = bytearray()  # its end, where a channel makes something of it
 
     def run(self) -> dict[str, Any]:
         """The answer. Raises CallFailed where the command could not be tried, Cancelled when nobody wants it."""
-        tree = self._tree = self._spawner.take()
+        tree = self._spawner.take()
         try:
             self._start(tree)
             self._pump(tree)
@@ -181,6 +182,9 @@ class Run:
                 self._command.channel.feed(data)
         else:
             self._outputs[stream].feed(data)
+            if stream == wire.STDERR and self._command.channel is not None:
+                self._stderr += data
+                del self._stderr[:-_STDERR_FOR_CHANNEL]
         return True
 
     def _answer(self, tree: Tree) -> dict[str, Any]:
@@ -189,7 +193,8 @@ class Run:
         for output in self._outputs.values():
             output.finish(self._call)
         if self._command.channel is not None:
-            for stream, text in zip((wire.RESULT, wire.SCRIPT_ERROR), self._command.channel.finish(), strict=True):
+            values = self._command.channel.finish(code, bytes(self._stderr))
+            for stream, text in zip((wire.RESULT, wire.SCRIPT_ERROR), values, strict=True):
                 self._call.send_data(stream, text or b"")
         return {
             "exit_code": TIMED_OUT if self._timed_out else code,

@@ -13,8 +13,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from rundatsheesh.agent import wire
-from rundatsheesh.manager.channel import STALL, CallError, Channel, GuestCall, GuestGone
-from rundatsheesh.manager.engines.base import Stream
 from rundatsheesh.manager.errors import (
     GuestError,
     GuestMisbehaved,
@@ -23,6 +21,7 @@ from rundatsheesh.manager.errors import (
     NotFound,
     RdsError,
 )
+from rundatsheesh.manager.guest_channel import STALL, CallError, Channel, GuestCall, GuestGone, Stream
 from rundatsheesh.manager.guest_output import MAX_TEXT, Capture, UnusableValueError, Value, clean_text, parse_value
 from rundatsheesh.manager.guest_values import CallResult, ExecRequest, Hello, Identity, ScriptRequest
 from rundatsheesh.manager.model import UploadManifest
@@ -311,6 +310,7 @@ _CODES: Mapping[str, type[RdsError]] = {
     "invalid_input": InvalidInput,
     "guest_storage_full": GuestError,
     "guest_overloaded": GuestUnresponsive,
+    "interpreter_missing": GuestError,
 }
 
 

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from rundatsheesh.agent import wire
-from rundatsheesh.manager.engines.base import Stream
 from rundatsheesh.manager.errors import GuestError, GuestMisbehaved, GuestUnresponsive, RdsError, TooLarge, Unavailable
 
 log = logging.getLogger(__name__)
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 STALL = 60.0  # seconds without any progress after which a transfer is given up
 _READ = 1 << 18
