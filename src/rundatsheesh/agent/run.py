@@ -90,9 +90,11 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """The answer. Raises CallFailed where the command could not be tried, Cancelled when nobody wants it."""
+        cwd = directory_inside_workspace(self._command.cwd)
+        _check_strings(self._command)
         tree = self._spawner.take()
         try:
-            self._start(tree)
+            self._start(tree, cwd)
             self._pump(tree)
             if self._call.cancelled:
                 raise Cancelled
@@ -100,10 +102,8 @@ class Run:
         finally:
             self._let_go(tree)
 
-    def _start(self, tree: Tree) -> None:
+    def _start(self, tree: Tree, cwd: str) -> None:
         command = self._command
-        cwd = directory_inside_workspace(command.cwd)
-        _check_strings(command)
         theirs = [_stdin(command.stdin)]
         try:
             for stream in (wire.STDOUT, wire.STDERR):

@@ -1,0 +1,191 @@
+"""A real agent for tests: as first process of its own pid namespace, or as init of a gVisor sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import rundatsheesh.agent
+from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
+
+AGENT = Path(rundatsheesh.agent.__file__).parent
+PYTHON = "/usr/bin/python3"
+MAX_OUTPUT = 1 << 20
+CAPABILITIES = ["CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_SETPCAP"]
+
+# $1 is the directory of the test. The new root shows this system's programs and nothing of its files.
+NATIVE = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs none "$1/root"
+cd "$1/root"
+mkdir -p usr etc proc dev tmp var/tmp workspace run/agent opt/rds/agent home
+for link in bin sbin lib lib64; do ln -s usr/$link $link; done
+ln -s /workspace home/user
+chmod 1777 tmp var/tmp
+mount --rbind /usr usr; mount --bind /etc etc; mount --rbind /dev dev
+mount -t proc proc proc
+mount --bind "$1/workspace" workspace
+mount --bind "$1/run" run/agent
+mount --bind "$2" opt/rds/agent
+shift 2
+exec chroot . "$@"
+"""
+
+
+class RunningAgent:
+    """`directory` holds workspace/ and run/agent.sock as the host sees them."""
+
+    def __init__(self, directory: Path, process: subprocess.Popen[bytes]) -> None:
+        self.directory = directory
+        self.process = process
+
+    @property
+    def workspace(self) -> Path:
+        return self.directory / "workspace"
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "run/agent.sock"
+
+    def log(self) -> str:
+        return (self.directory / "log").read_text(errors="replace")
+
+    async def stream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Waits until the agent listens."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return await asyncio.open_unix_connection(str(self.socket))
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert self.process.poll() is None, self.log()
+                assert time.monotonic() < deadline, self.log()
+                await asyncio.sleep(0.01)
+
+    @contextlib.asynccontextmanager
+    async def guest(self) -> AsyncIterator[Guest]:
+        guest = await Guest.connect(await self.stream(), timeout=20)
+        try:
+            yield guest
+        finally:
+            await guest.close()
+
+
+@contextlib.contextmanager
+def native_agent(directory: Path, *options: str) -> Iterator[RunningAgent]:
+    _prepare(directory)
+    argv = [PYTHON, "-I", "-S", "/opt/rds/agent", "--engine", "gvisor", *options]
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "sh", "-c", NATIVE, "sh"]
+    with open(directory / "log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, str(directory), str(AGENT), *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+    try:
+        yield RunningAgent(directory, process)
+    finally:
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while using := _processes_using(directory):
+            assert time.monotonic() < deadline, f"left behind: {using}"
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def gvisor_agent(directory: Path, runsc: str, root: str, *options: str) -> Iterator[RunningAgent]:
+    _prepare(directory)
+    argv = ["/usr/bin/python3", "-I", "-S", "/opt/rds/agent", "--engine", "gvisor", *options]
+    (directory / "config.json").write_text(json.dumps(_bundle(directory, root, argv)))
+    vm = "vm-" + secrets.token_hex(8)
+    state = f"--root={directory}/state"
+    flags = ["--platform=systrap", "--network=none", "--host-uds=create", "--overlay2=root:memory"]
+    with open(directory / "log", "wb") as log:
+        process = subprocess.Popen(
+            [runsc, state, *flags, "run", "--bundle", str(directory), vm],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield RunningAgent(directory, process)
+    finally:
+        if process.poll() is None:
+            subprocess.run([runsc, state, "kill", vm, "KILL"], check=False, capture_output=True)
+        process.wait(timeout=20)
+
+
+def engines() -> list[str]:
+    """gVisor is tested where the environment names its binary and a guest's root directory."""
+    return ["native", "gvisor"] if "RDS_TEST_RUNSC" in os.environ and "RDS_TEST_ROOT" in os.environ else ["native"]
+
+
+@contextlib.contextmanager
+def agent_on(engine: str, directory: Path, *options: str) -> Iterator[RunningAgent]:
+    if engine == "native":
+        started = native_agent(directory, *options)
+    else:
+        started = gvisor_agent(directory, os.environ["RDS_TEST_RUNSC"], os.environ["RDS_TEST_ROOT"], *options)
+    with started as agent:
+        yield agent
+
+
+async def sh(guest: Guest, cmd: str, timeout_ms: int = 30_000, **more: object) -> CallResult:
+    arguments = {"max_output": MAX_OUTPUT} | more
+    return await guest.exec(ExecRequest(cmd=cmd, timeout_ms=timeout_ms, **arguments))  # type: ignore[arg-type]
+
+
+async def script(guest: Guest, code: str, **more: object) -> CallResult:
+    arguments = {"language": "js", "timeout_ms": 30_000, "max_output": MAX_OUTPUT, "allow_net": False} | more
+    return await guest.run_script(ScriptRequest(code=code, **arguments))  # type: ignore[arg-type]
+
+
+def _prepare(directory: Path) -> None:
+    for name in ("root", "workspace", "run", "state"):
+        (directory / name).mkdir()
+    (directory / "run").chmod(0o700)
+    shutil.chown(directory / "workspace", 1000, 1000)
+
+
+def _bundle(directory: Path, root: str, argv: list[str]) -> dict[str, object]:
+    capabilities = dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES)
+    mounts = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777", "size=64m"]},
+        {"destination": "/workspace", "type": "bind", "source": f"{directory}/workspace", "options": ["rbind", "rw"]},
+        {"destination": "/run/agent", "type": "bind", "source": f"{directory}/run", "options": ["rbind", "rw"]},
+        {"destination": "/opt/rds/agent", "type": "bind", "source": str(AGENT), "options": ["rbind", "ro"]},
+    ]
+    return {
+        "ociVersion": "1.0.0",
+        "process": {
+            "user": {"uid": 0, "gid": 0},
+            "args": argv,
+            "env": ["PATH=/usr/bin:/bin"],
+            "cwd": "/",
+            "capabilities": capabilities,
+            "noNewPrivileges": True,
+            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 65536, "hard": 65536}],
+        },
+        "root": {"path": root, "readonly": True},
+        "hostname": "vm",
+        "mounts": mounts,
+        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")]},
+    }
+
+
+def _processes_using(directory: Path) -> list[int]:
+    """Live processes whose root is below the directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and str((entry / "root").readlink()).startswith(str(directory)):
+                found.append(int(entry.name))
+    return found
