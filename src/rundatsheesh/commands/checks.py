@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
+import rundatsheesh
 from rundatsheesh.manager.build.image import ensure_image, find_image
 from rundatsheesh.manager.build.recipe import recipe_hash
 from rundatsheesh.manager.engines.base import Availability
+from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host import doctor
 from rundatsheesh.manager.host.doctor import Check, Finding, Level, Result
 from rundatsheesh.manager.host.setup import Report, Step, host_steps
-from rundatsheesh.manager.host.tools import find_runsc
 from rundatsheesh.manager.settings import Settings
 
 # Engine name → how to ask it whether this host can run it.
@@ -20,13 +22,15 @@ Engines = Mapping[str, Callable[[], Availability]]
 
 
 def engines_of(settings: Settings) -> Engines:
-    def gvisor() -> Availability:
-        found = find_runsc(settings.image_cache)
-        if found is None:
-            return Availability(False, "no runsc that is new enough", doctor.SET_UP)
-        return Availability(True, str(found.resolve()))
-
-    return {"gvisor": gvisor}
+    gvisor = GVisor(
+        GVisorConfig(
+            image_cache=settings.image_cache,
+            image_root=lambda image_id: settings.image_cache / "images" / image_id / "root",
+            agent=Path(rundatsheesh.__file__).parent / "agent",
+            platform=settings.gvisor_platform,
+        )
+    )
+    return {gvisor.name: gvisor.available}
 
 
 def all_checks(settings: Settings) -> tuple[Check, ...]:
