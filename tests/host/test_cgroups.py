@@ -1,0 +1,198 @@
+"""Real cgroups, in the layout of this host and, where it has both, with v1 alone too."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
+from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Cgroups, Limits
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="cgroups need root")
+
+Launch = Callable[[Cgroup, list[str]], subprocess.Popen[bytes]]
+LIMITS = Limits(cpu=1, memory_bytes=64 * MIB, pids=32)
+SPIN = [sys.executable, "-c", "while True: pass"]
+FORKING = [
+    sys.executable,
+    "-c",
+    "import os\nwhile True:\n  pid = os.fork()\n  if pid == 0: os._exit(0)\n  os.waitpid(pid, 0)",
+]
+FORK_TO_THE_LIMIT = """
+import os, signal
+children = 0
+try:
+    while True:
+        if os.fork() == 0:
+            signal.pause()
+        children += 1
+except OSError:
+    print(children, flush=True)
+    signal.pause()
+"""
+
+
+def layouts() -> list[Layout]:
+    if os.geteuid() != 0:
+        return []
+    here = find_layout()
+    v1_alone = dataclasses.replace(here, v2=None, v2_controllers=frozenset())
+    return [here, *([v1_alone] if here.v2 is not None and not v1_alone.missing else [])]
+
+
+@pytest.fixture(params=layouts(), ids=lambda layout: "v1" if layout.v2 is None else "v2" if not layout.v1 else "both")
+def groups(request: pytest.FixtureRequest) -> Iterator[Cgroups]:
+    parent = f"rundatsheesh-test-{secrets.token_hex(4)}"
+    groups = Cgroups(request.param, parent)
+    yield groups
+    for name in groups.list_names():
+        groups.group(name).kill()
+        groups.group(name).remove()
+    assert [str(mount) for mount in find_layout().every_mount if (mount / parent).exists()] == []
+
+
+@pytest.fixture
+def group(groups: Cgroups) -> Cgroup:
+    group = groups.group("vm-1")
+    group.create(LIMITS)
+    return group
+
+
+@pytest.fixture
+def launch(groups: Cgroups) -> Iterator[Launch]:
+    with ExitStack() as children:
+
+        def launch(group: Cgroup, argv: list[str]) -> subprocess.Popen[bytes]:
+            child = subprocess.Popen(group.entering(argv), start_new_session=True, stdout=subprocess.PIPE)
+            children.push(child)
+            children.callback(child.kill)
+            return child
+
+        yield launch
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.002)
+
+
+def cpu_ns_during(group: Cgroup, seconds: float) -> int:
+    before = group.usage().cpu_ns
+    time.sleep(seconds)
+    return group.usage().cpu_ns - before
+
+
+def test_a_process_is_born_inside(group: Cgroup, launch: Launch) -> None:
+    child = launch(group, ["cat", "/proc/self/cgroup"])
+    assert child.stdout is not None
+    lines = child.stdout.read().decode().splitlines()
+    assert sum(line.endswith(group.path) for line in lines) >= 1
+    for line in lines:
+        controllers = line.split(":")[1]
+        if {"cpu", "memory", "pids", "freezer"} & set(controllers.split(",")):
+            assert line.endswith(group.path), line
+
+
+def test_freezing_stops_all_cpu_use_and_thawing_resumes_it(group: Cgroup, launch: Launch) -> None:
+    launch(group, SPIN)
+    until(lambda: group.usage().cpu_ns > 50_000_000)
+    group.freeze()
+    assert group.is_frozen()
+    assert cpu_ns_during(group, 0.2) == 0
+    group.freeze()
+    group.thaw()
+    group.thaw()
+    assert not group.is_frozen()
+    assert cpu_ns_during(group, 0.2) > 0
+
+
+def test_killing_leaves_no_process_frozen_or_not_forking_or_not(group: Cgroup, launch: Launch) -> None:
+    for argv, frozen in ((SPIN, False), (SPIN, True), (FORKING, False), (FORKING, True)):
+        launch(group, argv)
+        until(lambda: group.usage().cpu_ns > 0 and bool(group.pids()))
+        if frozen:
+            group.freeze()
+        group.kill()
+        assert group.pids() == []
+        assert not group.is_frozen()
+    group.kill()
+
+
+def test_killing_touches_nobody_else(groups: Cgroups, launch: Launch) -> None:
+    first, second = groups.group("vm-1"), groups.group("vm-2")
+    for each in (first, second):
+        each.create(LIMITS)
+        launch(each, SPIN)
+        until(lambda each=each: bool(each.pids()))
+    survivors = second.pids()
+    first.kill()
+    assert second.pids() == survivors
+
+
+def test_removing_undoes_everything_as_often_as_wanted(groups: Cgroups) -> None:
+    first, second = groups.group("vm-1"), groups.group("vm-2")
+    first.create(LIMITS)
+    second.create(LIMITS)
+    assert groups.list_names() == {"vm-1", "vm-2"}
+    first.remove()
+    first.remove()
+    assert groups.list_names() == {"vm-2"}
+    assert not first.exists()
+    assert first.pids() == []
+    first.kill()
+    first.thaw()
+    assert first.oom_kills() == 0
+    second.remove()
+    assert groups.list_names() == set()
+
+
+def test_a_group_in_use_is_not_removed_silently(group: Cgroup, monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
+    monkeypatch.setattr("rundatsheesh.manager.host.cgroups.REMOVE_TIMEOUT", 0.05)
+    launch(group, SPIN)
+    until(lambda: bool(group.pids()))
+    with pytest.raises(HostError, match="cannot be removed"):
+        group.remove()
+    group.kill()
+
+
+def test_creating_again_sets_the_limits_anew(group: Cgroup) -> None:
+    group.create(dataclasses.replace(LIMITS, memory_bytes=128 * MIB))
+    group.create(dataclasses.replace(LIMITS, memory_bytes=32 * MIB))
+
+
+def test_too_much_memory_ends_the_process_and_is_counted(group: Cgroup, launch: Launch) -> None:
+    child = launch(group, [sys.executable, "-c", "x = b'x' * (256 << 20); print('survived')"])
+    assert child.stdout is not None
+    assert child.stdout.read() == b""
+    assert child.wait() == -9
+    assert group.oom_kills() == 1
+    group.set_memory(512 * MIB)
+    child = launch(group, [sys.executable, "-c", "x = b'x' * (256 << 20); print('survived')"])
+    assert child.stdout is not None
+    assert child.stdout.read() == b"survived\n"
+
+
+def test_cpu_time_is_bounded(group: Cgroup, launch: Launch) -> None:
+    for _ in range(3):
+        launch(group, SPIN)
+    until(lambda: len(group.pids()) == 3)
+    assert cpu_ns_during(group, 1.0) < 1.3e9
+
+
+def test_the_number_of_processes_is_bounded(group: Cgroup, launch: Launch) -> None:
+    child = launch(group, [sys.executable, "-c", FORK_TO_THE_LIMIT])
+    assert child.stdout is not None
+    assert int(child.stdout.readline()) == LIMITS.pids - 1
+    assert len(group.pids()) == LIMITS.pids
+    group.kill()
