@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
 
 from rundatsheesh import __version__
 from rundatsheesh.manager.api.schemas.base import Problem
@@ -65,6 +66,7 @@ def operation(
         "status_code": status,
         "responses": responses,
         "response_model": None,
+        "response_class": Response,  # without a media type: the document then has only what `responses` says
         "openapi_extra": extra,
     }
 

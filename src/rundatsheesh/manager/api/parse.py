@@ -10,7 +10,7 @@ from datetime import datetime
 
 import idna
 
-from rundatsheesh.manager.api.schemas.run import ENV_KEY, ExecBody, RunJsBody, RunTsBody
+from rundatsheesh.manager.api.schemas.run import ExecBody, RunJsBody, RunTsBody
 from rundatsheesh.manager.api.schemas.vms import CreateVmBody
 from rundatsheesh.manager.errors import InvalidInput
 from rundatsheesh.manager.model import WORKSPACE, CreateVm, ExecCall, ScriptCall, now
@@ -22,7 +22,6 @@ MAX_PROCESS_BYTES = 1 << 20  # arguments and variables of one process together; 
 
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}(/[0-9]{1,2})?")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_ENV_KEY = re.compile(ENV_KEY)
 
 
 def create_vm(body: CreateVmBody, settings: Settings) -> CreateVm:
@@ -159,9 +158,7 @@ def _bad_rule(field: str, index: int, entry: str, problem: str) -> InvalidInput:
 def _env_pairs(pairs: Iterable[str]) -> dict[str, str]:
     env: dict[str, str] = {}
     for index, pair in enumerate(pairs):
-        key, equals, value = pair.partition("=")
-        if not equals or not _ENV_KEY.fullmatch(key):
-            raise InvalidInput(f"env[{index}]: must be KEY=value, KEY of letters, digits and _")
+        key, _, value = pair.partition("=")  # the schema has checked that there is one
         if key in env:
             raise InvalidInput(f"env[{index}]: {key} is given twice")
         env[key] = value

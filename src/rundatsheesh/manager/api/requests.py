@@ -12,6 +12,9 @@ from pydantic_core import ErrorDetails, from_json
 from starlette.requests import Request
 
 from rundatsheesh.manager.api.problems import RequestTimeout
+from rundatsheesh.manager.api.schemas.base import NO_NUL, ONE_LINE
+from rundatsheesh.manager.api.schemas.run import ENV_KEY, ENV_PAIR, FLAG
+from rundatsheesh.manager.api.schemas.vms import LABEL_KEY
 from rundatsheesh.manager.errors import InvalidInput, TooLarge
 
 M = TypeVar("M", bound=BaseModel)
@@ -22,6 +25,15 @@ STALL_TIMEOUT_S = 300.0  # between two pieces of an upload or a download
 MAX_ITEMS = 1024  # of any list or object in a body: bounds the number of errors that one body can cause
 MAX_ERRORS_SHOWN = 20
 MAX_QUERY_FIELDS = 64
+
+_PATTERNS = {
+    NO_NUL: "must not contain a NUL character",
+    ONE_LINE: "must not contain control characters",
+    LABEL_KEY: "must not contain '=' or control characters",
+    FLAG: "must be a flag: -x, --name or --name=value",
+    ENV_PAIR: "must be KEY=value, KEY of letters, digits and _, without NUL",
+    ENV_KEY: "must consist of letters, digits and _, and not begin with a digit",
+}
 
 
 async def read_json(request: Request, model: type[M]) -> M:
@@ -123,7 +135,7 @@ def _query_pairs(raw: bytes) -> list[tuple[str, str]]:
 
 def _invalid(error: ValidationError, noun: str) -> InvalidInput:
     """Names what is wrong where; never repeats a value, which may be a secret."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
+    found = error.errors(include_url=False, include_input=False)
     shown = [{"field": _place(item), "problem": _sentence(item)} for item in found[:MAX_ERRORS_SHOWN]]
     first = shown[0]
     message = first["problem"] if not first["field"] else f"{first['field']}: {first['problem']}"
@@ -144,6 +156,8 @@ def _sentence(item: ErrorDetails) -> str:
         return "unknown"
     if item["type"] == "missing":
         return "is required"
+    if item["type"] == "string_pattern_mismatch":
+        return _PATTERNS.get(item["ctx"]["pattern"], item["msg"])
     return item["msg"].removeprefix("Value error, ")
 
 

@@ -138,7 +138,7 @@ def overview(facts: Overview) -> Json:
     by_state = {state.value: count for state, count in facts.vms_by_state.items()}
     return {
         "vms": {"total": sum(by_state.values()), "limit": facts.max_vms, "byState": by_state},
-        "cpu": {"allocated": facts.cpu_allocated, "host": facts.cpu_host, "load1m": facts.load_1m},
+        "cpu": {"allocated": facts.cpu_allocated, "host": facts.cpu_host, "load": facts.load_1m},
         "memory": {
             "allocatedMb": facts.mem_allocated_mb,
             "hostMb": facts.mem_host_mb,

@@ -51,7 +51,7 @@ class VmCounts(View):
 class CpuUse(View):
     allocated: int
     host: int
-    load1m: float
+    load: float = Field(description="Average of the last minute.")
 
 
 class MemoryUse(View):

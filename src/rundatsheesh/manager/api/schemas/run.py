@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from rundatsheesh.manager.api.schemas.base import Body, GuestPath, Text, View
 
 MAX_CODE_CHARS = 1 << 20
 # A string that becomes one argument or one variable of a process: the kernel's MAX_ARG_STRLEN is 128 KiB with its NUL.
 MAX_ARGUMENT_CHARS = (128 << 10) - 1
+FLAG = r"^--?[A-Za-z][^\x00]*$"
 ENV_KEY = "^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 
+ENV_PAIR = ENV_KEY.removesuffix("$") + r"=[^\x00]*$"
+
 EnvKey = Annotated[str, Field(pattern=ENV_KEY)]
+EnvPair = Annotated[str, Field(max_length=MAX_ARGUMENT_CHARS, pattern=ENV_PAIR)]
 Argument = Annotated[Text, Field(max_length=MAX_ARGUMENT_CHARS)]
-Flag = Annotated[Text, Field(max_length=1024, pattern="^--?[A-Za-z]")]
+Flag = Annotated[str, Field(max_length=1024, pattern=FLAG)]
 Code = Annotated[Text, Field(max_length=MAX_CODE_CHARS)]
 
 
@@ -28,11 +32,19 @@ class ExecBody(Body):
     timeout_ms: int | None = Field(None, ge=1, description="120000 by default, up to MAX_EXEC_TIMEOUT_MS.")
 
 
+_ONE_SOURCE: list[JsonValue] = [
+    {"required": [given], "properties": {given: {"type": "string"}, other: {"type": "null"}}}
+    for given, other in (("code", "path"), ("path", "code"))
+]
+
+
 class _Script(Body):
+    model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_SOURCE})
+
     code: Code | None = Field(None, description="Source text. Either this or `path`.", examples=["console.log(2 + 2)"])
     path: GuestPath | None = Field(None, description="A file in /workspace. Either this or `code`.")
     args: list[Argument] = Field(default=[], max_length=256, description="Arguments of the script.")
-    env: list[Argument] = Field(
+    env: list[EnvPair] = Field(
         default=[],
         max_length=256,
         description="`KEY=value` each; the script may read exactly these.",

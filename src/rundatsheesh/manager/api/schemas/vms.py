@@ -12,7 +12,9 @@ from rundatsheesh.manager.api.schemas.base import Body, Line, Query, Text, Times
 ShownState = Literal["CREATING", "STARTING", "RUNNING", "STOPPING", "STOPPED", "PAUSED", "ERROR"]
 CallTypeName = Literal["exec", "run-ts", "run-js", "upload", "download"]
 
-LabelKey = Annotated[Line, Field(min_length=1, max_length=64, pattern="^[^=]+$")]
+LABEL_KEY = r"^[^=\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+
+LabelKey = Annotated[str, Field(min_length=1, max_length=64, pattern=LABEL_KEY)]
 LabelValue = Annotated[Line, Field(max_length=256)]
 Id = Annotated[str, Field(pattern="^[A-Za-z0-9._:-]{1,128}$")]
 

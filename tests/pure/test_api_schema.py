@@ -1,0 +1,167 @@
+"""The OpenAPI document, and what the server answers to whatever a generator makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import requests
+import schemathesis
+import uvicorn
+from api_support import KEY, Outcome, Server, serve
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from rundatsheesh.manager.model import State
+
+QUIET: dict[str, Any] = {"suppress_health_check": list(HealthCheck)}
+# A valid request is not enough for these: a right password, a known key, a VM in the right state.
+NEEDS_MORE = {"/auth/login", "/auth/me", "/v1/admin/api-keys/{key_id}/revoke", "/v1/vms/{vm_id}/start"}
+BOUNDED: dict[str, Any] = {"deadline": None, "database": None, "derandomize": True, "phases": [Phase.generate]}
+METHODS = {"get", "post", "put", "patch", "delete"}
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+@pytest.fixture
+async def document(tmp_path: Path) -> Any:
+    async with serve(tmp_path) as server:
+        return (await server.client.get("/openapi.json")).json()
+
+
+def operations(document: Any) -> Iterator[tuple[str, str, Any]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert method in METHODS
+            yield method, path, operation
+
+
+async def test_a_client_can_be_generated_from_it(document: Any) -> None:
+    assert document["openapi"].startswith("3.1")
+    ids = [operation["operationId"] for _, _, operation in operations(document)]
+    assert len(ids) == len(set(ids)) > 15
+    for _, path, operation in operations(document):
+        assert operation["summary"] and operation["tags"]
+        assert "422" not in operation["responses"]
+        for code, response in operation["responses"].items():
+            assert response["description"] and "X-Request-Id" in response["headers"]
+            if int(code) >= 400:
+                schema = response["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/Problem"}, (path, code)
+        if path.startswith("/v1"):
+            assert {"401", "429", "500"} <= set(operation["responses"])
+            assert operation.get("security") != []
+
+
+async def test_every_reference_leads_somewhere(document: Any) -> None:
+    text = json.dumps(document)
+    names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert names == set(document["components"]["schemas"])
+    assert "HTTPValidationError" not in names
+
+
+async def test_binary_bodies(document: Any) -> None:
+    files = document["paths"]
+    upload = files["/v1/vms/{vm_id}/files/upload"]["post"]["requestBody"]["content"]
+    assert upload["application/gzip"]["schema"] == {"type": "string", "format": "binary"}
+    download = files["/v1/vms/{vm_id}/files/download"]["get"]["responses"]["200"]["content"]
+    assert list(download) == ["application/gzip"]
+
+
+async def test_it_describes_exactly_what_the_contract_names(document: Any) -> None:
+    vm = document["components"]["schemas"]["VmView"]
+    optional = {"name", "reason"}
+    assert set(vm["required"]) == set(vm["properties"]) - optional
+    assert set(document["components"]["schemas"]["CreateVmBody"]["required"]) == {"cpu", "memMb", "allowIps"}
+
+
+def try_operation(operation: Any, base_url: str, server: Server, *, negative: bool) -> None:
+    """Requests as the schema allows, or as it forbids, over a real connection."""
+    mode = GenerationMode.NEGATIVE if negative else GenerationMode.POSITIVE
+    cookies = {"rds_session": server.client.cookies["rds_session"]}
+
+    @settings(max_examples=4 if negative else 8, **BOUNDED, **QUIET)
+    @given(case=operation.as_strategy(mode))
+    def try_it(case: Any) -> None:
+        if not negative and "vm_id" in (case.path_parameters or {}):
+            case.path_parameters["vm_id"] = running_vm(server) or create_vm(base_url)
+        credentials = {"cookies": cookies} if "/admin/" in operation.path else {"headers": KEY}
+        response = case.call(base_url=base_url, session=session, **credentials)
+        case.validate_response(response, checks=CHECKS)
+        statuses.add(response.status_code)
+
+    statuses: set[int] = set()
+    with requests.Session() as session:
+        try_it()
+    assert negative or statuses & {200, 201, 204} or operation.path in NEEDS_MORE, (operation.label, statuses)
+
+
+def running_vm(server: Server) -> str | None:
+    return next((record.id for record in server.vms.records.values() if record.state is State.RUNNING), None)
+
+
+def create_vm(base_url: str) -> str:
+    answer = httpx.post(f"{base_url}/v1/vms", headers=KEY, json={"cpu": 1, "memMb": 128, "allowIps": []})
+    return str(answer.json()["id"])
+
+
+@pytest.mark.parametrize("negative", [False, True], ids=["valid", "invalid"])
+def test_generated_requests_never_break_the_server(tmp_path: Path, negative: bool) -> None:
+    """No operation fails on our side, and each answer is as the document says."""
+    with listening(tmp_path) as (server, base_url):
+        document = httpx.get(f"{base_url}/openapi.json").json()
+        for found in schemathesis.openapi.from_dict(document).get_all_operations():
+            operation = found.ok()
+            if not negative or can_be_wrong(operation):
+                try_operation(operation, base_url, server, negative=negative)
+
+
+def can_be_wrong(operation: Any) -> bool:
+    return bool(operation.body or operation.query)
+
+
+@contextmanager
+def listening(directory: Path) -> Iterator[tuple[Server, str]]:
+    """The server on a port of the loopback, on a thread and an event loop of its own, with one VM and a session."""
+    ready: queue.SimpleQueue[tuple[Server, str, uvicorn.Server]] = queue.SimpleQueue()
+
+    async def run() -> None:
+        async with serve(directory, rate_limit_per_minute=0, max_upload_bytes=10_000) as server:
+            server.vms.outcome = Outcome(has_result=True, result={"a": 1})
+            await server.vm()
+            await server.log_in()
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+                web = uvicorn.Server(uvicorn.Config(server.app, log_config=None, lifespan="off"))
+                ready.put((server, f"http://127.0.0.1:{port}", web))
+                await web.serve([listener])
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    server, base_url, web = ready.get(timeout=30)
+    try:
+        yield server, base_url
+    finally:
+        web.should_exit = True
+        thread.join(30)
