@@ -132,7 +132,10 @@ class _Unpacking:
     def _free(self, name: PurePosixPath) -> Path:
         """The path of a new file: its directory exists and nothing has its name."""
         path = self._directory(name.parent) / name.name
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # a directory, whose errno depends on the system
+            raise ArchiveError(f"{path} is in the way: {error.strerror}") from error
         return path
 
 
