@@ -5,12 +5,12 @@ from __future__ import annotations
 import ipaddress
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 import idna
 
-from rundatsheesh.manager.api.schemas.run import ExecBody, RunJsBody, RunTsBody
+from rundatsheesh.manager.api.schemas.run import MAX_ARGUMENT_BYTES, ExecBody, RunJsBody, RunTsBody
 from rundatsheesh.manager.api.schemas.vms import CreateVmBody
 from rundatsheesh.manager.errors import InvalidInput
 from rundatsheesh.manager.model import WORKSPACE, CreateVm, ExecCall, ScriptCall, now
@@ -47,6 +47,7 @@ def create_vm(body: CreateVmBody, settings: Settings) -> CreateVm:
 
 
 def exec_call(body: ExecBody, settings: Settings) -> ExecCall:
+    _check_argument("cmd", body.cmd)
     _check_process_size(body.env)
     return ExecCall(
         cmd=body.cmd,
@@ -165,7 +166,17 @@ def _env_pairs(pairs: Iterable[str]) -> dict[str, str]:
     return env
 
 
-def _check_process_size(env: Mapping[str, str], args: Iterable[str] = ()) -> None:
-    size = sum(len(text.encode()) + 10 for text in (*env.keys(), *env.values(), *args))  # 10: NUL, '=', a pointer
-    if size > MAX_PROCESS_BYTES:
+def _check_process_size(env: Mapping[str, str], args: Sequence[str] = ()) -> None:
+    strings = [*(f"{key}={value}" for key, value in env.items()), *args]
+    for index, argument in enumerate(args):
+        _check_argument(f"args[{index}]", argument)
+    for key, value in env.items():
+        _check_argument(f"env: {key}", f"{key}={value}")
+    if sum(len(string.encode()) + 9 for string in strings) > MAX_PROCESS_BYTES:  # 9: its NUL and a pointer to it
         raise InvalidInput(f"args and env: together larger than {MAX_PROCESS_BYTES} bytes")
+
+
+def _check_argument(field: str, text: str) -> None:
+    """The schema counts characters, the kernel bytes."""
+    if len(text.encode()) > MAX_ARGUMENT_BYTES:
+        raise InvalidInput(f"{field}: larger than {MAX_ARGUMENT_BYTES} bytes", hint="put it into a file")

@@ -10,22 +10,23 @@ from rundatsheesh.manager.api.schemas.base import Body, GuestPath, Text, View
 
 MAX_CODE_CHARS = 1 << 20
 # A string that becomes one argument or one variable of a process: the kernel's MAX_ARG_STRLEN is 128 KiB with its NUL.
-MAX_ARGUMENT_CHARS = (128 << 10) - 1
+MAX_ARGUMENT_BYTES = (128 << 10) - 1
 FLAG = r"^--?[A-Za-z][^\x00]*$"
 ENV_KEY = "^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 
 ENV_PAIR = ENV_KEY.removesuffix("$") + r"=[^\x00]*$"
 
 EnvKey = Annotated[str, Field(pattern=ENV_KEY)]
-EnvPair = Annotated[str, Field(max_length=MAX_ARGUMENT_CHARS, pattern=ENV_PAIR)]
-Argument = Annotated[Text, Field(max_length=MAX_ARGUMENT_CHARS)]
+EnvPair = Annotated[str, Field(max_length=MAX_ARGUMENT_BYTES, pattern=ENV_PAIR)]
+Argument = Annotated[Text, Field(max_length=MAX_ARGUMENT_BYTES)]
 Flag = Annotated[str, Field(max_length=1024, pattern=FLAG)]
 Code = Annotated[Text, Field(max_length=MAX_CODE_CHARS)]
 
 
 class ExecBody(Body):
-    cmd: Annotated[Text, Field(min_length=1, max_length=MAX_CODE_CHARS)] = Field(
-        description="Runs under `bash -lc`.", examples=["id && echo hello"]
+    cmd: Annotated[Text, Field(min_length=1, max_length=MAX_ARGUMENT_BYTES)] = Field(
+        description="Runs under `bash -lc`. At most 131071 bytes; longer ones fit in a file.",
+        examples=["id && echo hello"],
     )
     cwd: GuestPath | None = Field(None, description="Where it runs: in /workspace, the default.")
     env: dict[EnvKey, Argument] = Field(default={}, max_length=256, description="Variables of the command.")

@@ -28,7 +28,7 @@ class CreateVmBody(Body):
     )
     outbound_internet: bool = Field(False, description="false: no packet leaves. true: to allowIps and allowDomains.")
     allow_domains: list[Annotated[Text, Field(max_length=255)]] = Field(
-        default=[], description="Names, or `*.example.com` for all subdomains.", examples=[["pypi.org"]]
+        default=[], description="Names, or `*.example.com` for all subdomains.", examples=[["example.com"]]
     )
     engine: Annotated[str, Field(pattern="^[a-z0-9-]{1,32}$")] | None = Field(
         None, description="gvisor, qemu, or auto (the default).", examples=["auto"]
