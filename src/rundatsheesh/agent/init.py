@@ -1,7 +1,7 @@
 """The first process of the guest: forks, reaps, and ends the guest when the server ends.
 
 It has one thread, so forking is safe, and it never sees a call: what is forked from here holds no caller's secrets.
-The server asks for supervisors over a socket of packets: FORK with two descriptors (control, job), POWER_OFF, EXIT.
+The server asks for supervisors over a socket of packets: FORK with a descriptor (control), POWER_OFF.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FORK = b"F"
 POWER_OFF = b"P"
-EXIT = b"E"
 
 _OWN_OOM_SCORE = -1000
 _SWEEP_WAIT_MS = 20
@@ -52,25 +51,23 @@ class Init:
                 self._on_request()
 
     def _on_request(self) -> None:
-        message, fds = receive(self._requests, 1, 2)
+        message, fds = receive(self._requests, 1, 1)
         if message == FORK:
-            self._fork_supervisor(*(socket.socket(fileno=fd) for fd in fds))
-        elif message == POWER_OFF:
-            self._end(0)
-        else:  # EXIT, or the end of the server
-            self._end(0 if message == EXIT else 1)
+            self._fork_supervisor(socket.socket(fileno=fds[0]))
+        else:  # the end of the server is its end of file
+            self._end(0 if message == POWER_OFF else 1)
 
-    def _fork_supervisor(self, control: socket.socket, job: socket.socket) -> None:
-        with control, job:
+    def _fork_supervisor(self, control: socket.socket) -> None:
+        with control:
             try:
                 pid = os.fork()
-            except OSError as error:  # the descriptors close, by which the server knows
+            except OSError as error:  # the descriptor closes, by which the server knows
                 say(f"cannot fork a supervisor: {error}")
                 return
             if pid == 0:
                 self._requests.close()
                 self._waiter.forget()
-                supervise(control, job)
+                supervise(control)
             self._supervisors.add(pid)
 
     def _reap(self) -> None:

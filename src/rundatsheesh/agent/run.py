@@ -92,9 +92,10 @@ class Run:
         """The answer. Raises CallFailed where the command could not be tried, Cancelled when nobody wants it."""
         cwd = directory_inside_workspace(self._command.cwd)
         _check_strings(self._command)
-        tree = self._spawner.take()
+        tree: Tree | None = None
         try:
-            self._start(tree, cwd)
+            tree = self._start(cwd)
+            self._call.on_cancel(tree.kill)
             self._pump(tree)
             if self._call.cancelled:
                 raise Cancelled
@@ -102,7 +103,7 @@ class Run:
         finally:
             self._let_go(tree)
 
-    def _start(self, tree: Tree, cwd: str) -> None:
+    def _start(self, cwd: str) -> Tree:
         command = self._command
         theirs = [_stdin(command.stdin)]
         try:
@@ -114,8 +115,7 @@ class Run:
                 theirs.append(self._open_channel())
             for fd in self._streams:
                 os.set_blocking(fd, False)
-            self._call.on_cancel(tree.kill)
-            tree.start(("execute", command.argv, command.env, cwd, command.setup), theirs)
+            return self._spawner.start(("execute", command.argv, command.env, cwd, command.setup), theirs)
         finally:
             for fd in theirs:
                 os.close(fd)
@@ -128,7 +128,7 @@ class Run:
     def _pump(self, tree: Tree) -> None:
         """Until the program has ended, and with it what it left or was killed with, as far as that is awaited."""
         poll = select.poll()
-        control = tree.control.fileno()
+        control = tree.control
         for fd in (control, *self._streams):
             poll.register(fd, select.POLLIN)
         while True:
@@ -223,7 +223,7 @@ class Run:
         self._outputs[wire.STDERR].feed(f"{self._command.argv[0]}: {text}\n".encode(errors="replace"))
         return NOT_FOUND if number == 2 else NOT_EXECUTABLE
 
-    def _let_go(self, tree: Tree) -> None:
+    def _let_go(self, tree: Tree | None) -> None:
         """The call is over; what the program left behind lives on, unless it was to be killed."""
         if self._command.cleanup is not None:
             self._command.cleanup()
@@ -231,12 +231,13 @@ class Run:
         for fd in channel:
             del self._streams[fd]
             os.close(fd)
-        if tree.empty or not self._ended:
-            for fd in self._streams:
-                os.close(fd)
-            tree.close()
-        else:
+        if tree is not None and self._ended and not tree.empty:
             self._spawner.leave(tree, list(self._streams))
+            return
+        for fd in self._streams:
+            os.close(fd)
+        if tree is not None:
+            tree.close()
 
 
 def _stdin(data: bytes) -> int:

@@ -1,4 +1,5 @@
-"""The server's side of process trees: gets supervisors from init, ahead of need, and counts those that have work."""
+"""The server's side of process trees: gets supervisors from init, keeps them busy one call after the other, and counts
+the calls that have processes."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ import socket
 import threading
 
 from . import descriptors
-from .init import FORK
+from .init import FORK as NEW_SUPERVISOR
 from .job import CallFailed
-from .supervisor import KILL, read_failure, send_job
+from .program import read_failure, send_job
+from .supervisor import FORK, kill_message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,56 +21,81 @@ if TYPE_CHECKING:
 
     from .loop import Loop
 
-SPARE = 1  # supervisors that wait for a call; each costs memory, but saves the call two forks
+# Children that wait for a call ahead of it; each costs memory, but saves the call a fork of the interpreter.
+SPARE = 1
 _READ = 1 << 16
 
 
-class Tree:
-    """The processes of one call, from its supervisor's point of view."""
+class Supervisor:
+    """The server's end of a supervisor's control socket."""
 
     def __init__(self, spawner: Spawner) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.round = 0
+        with theirs:
+            spawner.ask_init(NEW_SUPERVISOR, [theirs.fileno()])
+
+    def fork(self) -> socket.socket:
+        """Start a round: the socket on which its child waits for the order."""
+        job, theirs = socket.socketpair()
+        self.round += 1
+        with theirs:
+            descriptors.send(self.control, FORK, [theirs.fileno()])
+        return job
+
+
+class Tree:
+    """The processes of one call. `supervisor` is its own until `close`."""
+
+    def __init__(self, spawner: Spawner, supervisor: Supervisor) -> None:
         self._spawner = spawner
-        self.control, supervisors_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._job, childs_end = socket.socketpair()
+        self._supervisor = supervisor
+        self._round = 0
         self._started = False
         self.status: int | None = None  # wait status of the program once it has ended
-        self.lost = False  # the supervisor itself was killed
         self.empty = False  # nothing is left below the supervisor
-        with supervisors_end, childs_end:
-            spawner.ask_init(FORK, [supervisors_end.fileno(), childs_end.fileno()])
+        self._lost = False  # the supervisor itself was killed
+        self._job = supervisor.fork()
+        self._round = supervisor.round
 
-    def start(self, order: tuple[Any, ...], fds: list[int]) -> None:
-        """Give the waiting child its work; CallFailed when there is no child."""
+    @property
+    def control(self) -> int:
+        """The descriptor to poll before `read`."""
+        return self._supervisor.control.fileno()
+
+    def start(self, order: tuple[Any, ...], fds: list[int]) -> bool:
+        """Give the waiting child its work; False when there is no child any more."""
         try:
             send_job(self._job, order, fds)
         except (BrokenPipeError, ConnectionResetError):
-            raise CallFailed("guest_overloaded", "the guest cannot start another process") from None
+            return False
         self._started = True
         self._spawner.count(1)
+        return True
 
     def kill(self) -> None:
-        """End every process of the call, wherever it went; `read` tells when that is done. Any thread."""
+        """End every process of the call, wherever it went; `read` tells when that is done. Any thread, and even after
+        the call's end, when it does nothing."""
         try:
-            self.control.send(KILL)
+            self._supervisor.control.send(kill_message(self._round))
         except OSError:
             return  # the supervisor has ended, and with it all below it
 
     def read(self) -> None:
         """Take the supervisor's next report; blocks until there is one."""
         try:
-            report = self.control.recv(256)
+            report = self._supervisor.control.recv(256)
         except ConnectionResetError:
             report = b""
         if report:
-            status, empty = marshal.loads(report)
+            _, status, empty = marshal.loads(report)
             if status is not None:
                 self.status = status
         else:
-            empty = self.lost = True
+            empty = self._lost = True
         if empty and not self.empty:
             self.empty = True
-            if self._started:
-                self._spawner.count(-1)
+            self._end()
 
     def wait(self) -> None:
         """Block until the program has ended and nothing is left."""
@@ -80,11 +107,18 @@ class Tree:
         return read_failure(self._job)
 
     def close(self) -> None:
-        """Whatever still lives is killed."""
-        self.control.close()
+        """Whatever still lives is killed. An empty tree's supervisor is free for the next call."""
         self._job.close()
-        if not self.empty and self._started:
+        if self.empty and not self._lost:
+            self._spawner.reuse(self._supervisor)
+            return
+        self._supervisor.control.close()
+        if not self.empty:
             self.empty = True
+            self._end()
+
+    def _end(self) -> None:
+        if self._started:
             self._spawner.count(-1)
 
 
@@ -97,23 +131,36 @@ class Spawner:
         self._init = init
         self._lock = threading.Lock()
         self._spare: list[Tree] = []
+        self._idle: list[Supervisor] = []
         self.live = 0
         self.on_change: Callable[[], None] = lambda: None
 
     def ask_init(self, request: bytes, fds: list[int]) -> None:
         descriptors.send(self._init, request, fds)
 
-    def take(self) -> Tree:
-        with self._lock:
-            if self._spare:
-                return self._spare.pop(0)
-        return Tree(self)
+    def start(self, order: tuple[Any, ...], fds: list[int]) -> Tree:
+        """A tree at work on the order (see program.py); CallFailed when the guest has no room for another."""
+        for _ in range(SPARE + 2):  # memory exhaustion may have killed those that waited
+            with self._lock:
+                tree = self._spare.pop(0) if self._spare else self._new()
+            if tree.start(order, fds):
+                return tree
+            tree.close()
+        raise CallFailed("guest_overloaded", "the guest cannot start another process")
 
     def refill(self) -> None:
-        """Have supervisors forked for later calls; does not wait for them."""
+        """Have children forked for later calls; does not wait for them."""
         with self._lock:
             while len(self._spare) < SPARE:
-                self._spare.append(Tree(self))
+                self._spare.append(self._new())
+
+    def reuse(self, supervisor: Supervisor) -> None:
+        """A supervisor without children is kept for the next call when none is."""
+        with self._lock:
+            if len(self._idle) < SPARE:
+                self._idle.append(supervisor)
+                return
+        supervisor.control.close()
 
     def count(self, difference: int) -> None:
         with self._lock:
@@ -125,7 +172,16 @@ class Spawner:
         dropped. Takes over the descriptors."""
         for fd in outputs:
             self._loop.watch(fd, lambda _, fd=fd: self._drop_output(fd))  # type: ignore[misc]  # the default is an int
-        self._loop.watch(tree.control.fileno(), lambda _: self._on_report(tree))
+        self._loop.watch(tree.control, lambda _: self._on_report(tree))
+
+    def _new(self) -> Tree:
+        if self._idle:
+            supervisor = self._idle.pop()
+            try:
+                return Tree(self, supervisor)
+            except (BrokenPipeError, ConnectionResetError):
+                supervisor.control.close()  # it was killed while it waited
+        return Tree(self, Supervisor(self))
 
     def _drop_output(self, fd: int) -> None:
         try:
@@ -139,5 +195,5 @@ class Spawner:
     def _on_report(self, tree: Tree) -> None:
         tree.read()
         if tree.empty:
-            self._loop.forget(tree.control.fileno())
+            self._loop.forget(tree.control)
             tree.close()

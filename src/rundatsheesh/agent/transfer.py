@@ -60,17 +60,15 @@ def _start(call: Call, function: str, params: dict[str, Any], spawner: Spawner) 
     up = function == "upload"
     theirs, ours = (reading, writing) if up else (writing, reading)
     fds = [reading, null, null] if up else [null, writing, null]
-    tree = spawner.take()
     try:
-        call.on_cancel(tree.kill)
-        tree.start(("call", "files", function, params, fds.index(theirs)), fds)
+        tree = spawner.start(("call", "files", function, params, fds.index(theirs)), fds)
     except BaseException:
         os.close(ours)
-        tree.close()
         raise
     finally:
         os.close(theirs)
         os.close(null)
+    call.on_cancel(tree.kill)
     return tree, ours
 
 
