@@ -72,10 +72,11 @@ RECIPE = Recipe(
 )
 
 PROFILE = f"""\
-# Login shells start for every command, so nothing here forks. A PATH that the caller chose is kept; the two that
-# bash falls back to when nobody chose one are not.
+# Login shells start for every command, so nothing here forks. A PATH that the caller chose is kept; those that bash,
+# Debian's login and its /etc/profile give to whoever chose none are not.
 case "${{PATH-}}" in
-  "" | *:/usr/sbin:/bin:/sbin | *:/usr/sbin:/bin:/sbin:. | /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)
+  "" | *:/usr/sbin:/bin:/sbin | *:/usr/sbin:/bin:/sbin:. | *:/usr/sbin:/usr/bin:/sbin:/bin | \\
+  /usr/local/bin:/usr/bin:/bin | /usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games)
     PATH={GUEST_PATH}
     ;;
 esac

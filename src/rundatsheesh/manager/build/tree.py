@@ -110,7 +110,8 @@ async def compile_python(root: Path) -> None:
     libraries = await asyncio.to_thread(_drop_byte_code, root)
     # The caches' own directories follow the umask, which is the caller's.
     argv = ["chroot", str(root), "/bin/sh", "-c", 'umask 022 && exec "$@"', "sh"]
-    argv += ["/usr/bin/python3", "-I", "-m", "compileall", "-q", "-j1"]
+    # -B and -f: what compileall itself imports is compiled like the rest, not cached by the time of its source.
+    argv += ["/usr/bin/python3", "-I", "-B", "-m", "compileall", "-f", "-q", "-j1"]
     argv += ["--invalidation-mode", "unchecked-hash", *libraries]
     environment = {**process.BASE_ENV, "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": str(SOURCE_DATE_EPOCH)}
     await process.run(argv, timeout=COMPILE_TIMEOUT, env=environment)

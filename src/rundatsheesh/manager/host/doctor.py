@@ -79,10 +79,10 @@ async def _guarded(check: Check) -> Finding:
     try:
         async with asyncio.timeout(CHECK_TIMEOUT):
             return await check.look()
+    except TimeoutError:  # before OSError, of which it is one
+        return fail(f"no answer within {CHECK_TIMEOUT:g} s", "the host is overloaded or a kernel facility hangs")
     except (HostError, OSError, ValueError) as error:
         return fail(f"could not be examined: {error}", "this is unexpected; please report it with this line")
-    except TimeoutError:
-        return fail(f"no answer within {CHECK_TIMEOUT:g} s", "the host is overloaded or a kernel facility hangs")
 
 
 def host_checks(*, storage_root: Path, image_cache: Path) -> tuple[Check, ...]:
