@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -22,6 +23,7 @@ from rundatsheesh.manager.api.schemas.admin import CreateApiKeyBody, LoginBody
 from rundatsheesh.manager.api.schemas.run import ExecBody, RunJsBody, RunTsBody
 from rundatsheesh.manager.api.schemas.vms import CreateVmBody
 from rundatsheesh.manager.errors import NotFound
+from rundatsheesh.manager.settings import Settings
 
 router = APIRouter(include_in_schema=False)
 
@@ -152,7 +154,7 @@ def _asset(name: str) -> bytes:
 
 def _render(name: str, text: str) -> Page:
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = markdown.parse(text)
+    tokens = markdown.parse(re.sub(r"^```settings\n.*?^```$", settings_table(), text, flags=re.DOTALL | re.MULTILINE))
     headings = [_anchor(tokens[at], tokens[at + 1]) for at, token in enumerate(tokens) if token.type == "heading_open"]
     for token in tokens:
         for child in token.children or ():
@@ -161,6 +163,22 @@ def _render(name: str, text: str) -> Page:
     html = markdown.renderer.render(tokens, markdown.options, {})
     sections = tuple(heading for level, heading in headings if level == "h2")
     return Page(name, headings[0][1].title, html, sections)
+
+
+def settings_table() -> str:
+    """Every setting as a Markdown table."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        rows.append(f"| `{name.upper()}` | {_default(name)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def _default(name: str) -> str:
+    if name == "max_cpu":
+        return "the host's"  # the page is about the server, the value about the machine that shows it
+    value = Settings.model_fields[name].default
+    text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+    return f"`{text.lower() if isinstance(value, bool) else text}`" if text else ""
 
 
 def _anchor(heading: Token, inline: Token) -> tuple[str, Heading]:
