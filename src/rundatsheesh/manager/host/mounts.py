@@ -115,6 +115,16 @@ def private_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str] =
 
 
 def _build_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str]) -> int:
+    # Opened before, because /proc of the new root may hide it. What it leads to is looked up when it is used.
+    own = os.open("/proc/thread-self/ns", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _move_into_namespace(root, binds, hidden)
+        return os.open("mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=own)
+    finally:
+        os.close(own)
+
+
+def _move_into_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str]) -> None:
     _check(_libc.unshare(_CLONE_NEWNS), root)
     mount("none", Path("/"), flags=Flag.RECURSIVE | Flag.PRIVATE)
     mount(str(root), root, flags=Flag.BIND)
@@ -129,7 +139,6 @@ def _build_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str]) -
     os.chdir(root)
     _check(_libc.pivot_root(b".", b"."), root)
     _check(_libc.umount2(b".", _MNT_DETACH), root)
-    return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _parse_line(line: str) -> Mounted:

@@ -1,0 +1,53 @@
+"""The logs of one guest's engine and console.
+
+While the guest runs they lie in its runtime directory, a small tmpfs, so that the kernel bounds what a guest can make
+them grow to, whether a manager runs or not. STORAGE_ROOT holds a link to them meanwhile, and their tail afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+KEEP_BYTES = 256 << 10  # of a log, after the guest has ended
+TRIM_BYTES = 512 << 10  # a running guest's log that has this many is cut to its last KEEP_BYTES
+CARRY_BYTES = 64 << 10  # of the runs before, with which a log begins
+
+
+def open_log(kept: Path, live: Path) -> None:
+    """Let the log of this run begin with the tail of the earlier ones, and be found where logs are looked for."""
+    live.write_bytes(read_tail(kept, CARRY_BYTES))
+    new = kept.with_name(kept.name + ".new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(live)
+    new.replace(kept)
+
+
+def settle_log(kept: Path, live: Path) -> None:
+    """Replace the link by the log's tail, where there is a link. Idempotent."""
+    if not kept.is_symlink():
+        return
+    new = kept.with_name(kept.name + ".new")
+    new.unlink(missing_ok=True)
+    new.write_bytes(read_tail(live, KEEP_BYTES))
+    new.replace(kept)
+
+
+def trim_log(live: Path) -> None:
+    """Make room in the log of a running guest. Writers append, so they go on at the new end."""
+    if live.exists() and live.stat().st_size > TRIM_BYTES:
+        tail = read_tail(live, KEEP_BYTES)
+        with open(live, "r+b") as file:
+            file.truncate(0)
+        with open(live, "ab") as file:
+            file.write(tail)
+
+
+def read_tail(path: Path, size: int) -> bytes:
+    """The last bytes of a file; empty when there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-min(size, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            return file.read(size)
+    except FileNotFoundError:
+        return b""

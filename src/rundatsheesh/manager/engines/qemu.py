@@ -1,0 +1,303 @@
+"""The QEMU engine: a small virtual machine with a kernel of its own.
+
+One QEMU process per VM, in a session of its own, so that it outlives the manager. It runs as a user that is the VM's
+alone, without any privilege, in the VM's cgroup, in a mount namespace that shows it no file but its own program, in a
+network namespace without a network, and under its own seccomp filter. All that it works with are descriptors that it
+inherits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rundatsheesh.manager.engines import qemu_args, qemu_boot, qemu_files
+from rundatsheesh.manager.engines.base import Availability, Capability, VmFiles
+from rundatsheesh.manager.engines.qemu_args import Accelerator, Boot, Clone, Descriptors, Hardware
+from rundatsheesh.manager.engines.qemu_files import MachineFiles
+from rundatsheesh.manager.engines.qemu_machine import QemuMachine
+from rundatsheesh.manager.engines.qmp import Qmp
+from rundatsheesh.manager.engines.templates import Key, Template, Templates
+from rundatsheesh.manager.errors import EngineError, HostError
+from rundatsheesh.manager.host import memfile, process, tap, tools, tsc
+from rundatsheesh.manager.host.bootfiles import BootFiles
+from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
+from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Cgroups, Limits
+from rundatsheesh.manager.host.doctor import usable_kvm
+from rundatsheesh.manager.host.process import Child
+from rundatsheesh.manager.model import Isolation, Slot, VmRecord
+
+# Each VM's QEMU is a user of its own, from a range that no distribution and no container manager gives out.
+FIRST_UID = 1_900_000_000
+PIDS_MAX = 128  # QEMU's threads: one per CPU, and up to 64 that wait for the disk
+# QEMU's own memory on top of the guest's: 35 MiB, and what translated code takes where the CPU is emulated.
+OVERHEAD_MB = {Accelerator.KVM: 96, Accelerator.TCG: 96 + 2 * qemu_args.TRANSLATION_MB}
+OOM_SCORE = 500  # when the host itself runs out of memory, guests go before the manager
+BOOT_TIMEOUT = 120.0  # seconds; 3 on an idle host, and many may boot at once
+START_TIMEOUT = 60.0  # for QEMU to be up, or a clone to have its state; a tenth of a second on an idle host
+NEEDED = (qemu_args.PROGRAM, "nsenter", "unshare")
+
+
+def vm_user(slot: Slot) -> int:
+    """Uid and gid of a VM's QEMU."""
+    return FIRST_UID + slot.number
+
+
+@dataclass(frozen=True, slots=True)
+class QemuConfig:
+    image_root: Callable[[str], Path]  # image id → the guest's root directory, beside which its boot files lie
+    agent: Path  # directory of the agent's package
+    templates: bool = True  # start VMs as clones; otherwise each boots its kernel
+    boot_timeout: float = BOOT_TIMEOUT
+
+
+@dataclass(slots=True)
+class Qemu:
+    config: QemuConfig
+    name: str = field(default="qemu", init=False)
+    capabilities: frozenset[Capability] = field(default=frozenset({Capability.FREEZE}), init=False)
+    templates: Templates = field(default_factory=Templates, init=False)
+    _accelerator: Accelerator | None = field(default=None, init=False)
+    _layout: Layout | None = field(default=None, init=False)
+    _agent: qemu_boot.Agent | None = field(default=None, init=False)
+
+    @property
+    def isolation(self) -> Isolation:
+        hardware = self.accelerator is Accelerator.KVM
+        return Isolation.HARDWARE_VM if hardware else Isolation.EMULATED_VM
+
+    @property
+    def accelerator(self) -> Accelerator:
+        if self._accelerator is None:
+            self._accelerator = Accelerator.KVM if usable_kvm()[0] else Accelerator.TCG
+        return self._accelerator
+
+    def available(self) -> Availability:
+        try:
+            return self._look()
+        except (HostError, OSError) as error:
+            return Availability(False, str(error), getattr(error, "hint", None))
+
+    async def start(self, record: VmRecord, files: VmFiles) -> QemuMachine:
+        await self.release(record, files)
+        try:
+            return await self._start(record, files)
+        except BaseException as error:
+            log = qemu_files.evidence(files)
+            # To its end even when we are cancelled, or a process would go on without an owner.
+            await asyncio.shield(asyncio.ensure_future(self.release(record, files)))
+            if isinstance(error, OSError):
+                raise EngineError(f"cannot start {record.id}: {error}", details={"log": log}) from error
+            if isinstance(error, EngineError):
+                error.details["log"] = log
+            raise
+
+    async def adopt(self, record: VmRecord, files: VmFiles) -> QemuMachine | None:
+        """As promised by Engine. A guest that was frozen runs again."""
+        cgroup = self._cgroup(record)
+        found, members = await asyncio.to_thread(lambda: (qemu_files.read_process(files), cgroup.pids()))
+        if found is None or found.pid not in members or not found.alive():
+            return None
+        await asyncio.to_thread(cgroup.thaw)
+        qmp = await Qmp.connect(MachineFiles(files.runtime).qmp)
+        return QemuMachine(files, cgroup, found, None, qmp)
+
+    async def release(self, record: VmRecord, files: VmFiles) -> None:
+        cgroup = self._cgroup(record)
+        await asyncio.to_thread(cgroup.kill)
+        await asyncio.to_thread(qemu_files.remove, files)
+        await asyncio.to_thread(cgroup.remove)
+
+    async def _start(self, record: VmRecord, files: VmFiles) -> QemuMachine:
+        if not self.config.templates:
+            return await self._run(record, files, None)
+        key = await asyncio.to_thread(self._key, record)
+        template = await self.templates.get(key, lambda: self._make_template(record, files))
+        try:
+            return await self._run(record, files, template)
+        except EngineError:
+            # Whatever the reason, the next start is not to meet it again.
+            self.templates.discard(key)
+            raise
+
+    async def _run(self, record: VmRecord, files: VmFiles, template: Template | None) -> QemuMachine:
+        """Start QEMU for a VM; returns once the guest runs."""
+        with ExitStack() as held:
+            start, memory = self._boot(record, held) if template is None else _clone(template, held)
+            network = held.enter_context(tap.opened(record.slot.link))
+            disk = held.enter_context(qemu_files.opened(files.disk, os.O_RDWR))
+            child = await self._launch(record, files, start, memory, network, disk)
+        qmp = await Qmp.connect(MachineFiles(files.runtime).qmp)
+        try:
+            await _resume(qmp, start)
+            await asyncio.to_thread(qemu_files.write_process, files, child.ref)
+        except BaseException:
+            await qmp.close()
+            raise
+        return QemuMachine(files, self._cgroup(record), child.ref, child, qmp)
+
+    async def _make_template(self, record: VmRecord, files: VmFiles) -> Template:
+        """Boot a machine in the place of the VM that is the first to need it, and keep it. No user's code ever runs in
+        it. Leaves nothing behind in the VM's place."""
+        with ExitStack() as held:
+            start, memory = self._boot(record, held)
+            network = held.enter_context(tap.temporary())
+            state = memfile.create("state")
+            held.callback(os.close, state)
+            child = await self._launch(record, files, start, memory, network, None)
+            await self._save(files, state)
+            await child.wait()
+            kept = os.dup(memory), os.dup(state)
+        await self.release(record, files)
+        return Template(*kept)
+
+    async def _save(self, files: VmFiles, state: int) -> None:
+        """Wait for the agent, then stop the machine and write out the state of its devices; its memory is a file
+        already. QEMU ends."""
+        machine = MachineFiles(files.runtime)
+        stream = await asyncio.open_unix_connection(str(machine.agent))
+        await qemu_boot.greet(stream, self.config.boot_timeout)
+        qmp = await Qmp.connect(machine.qmp)
+        try:
+            await qmp.execute("stop")
+            await _set_capabilities(qmp, "x-ignore-shared", "events")
+            saved = qmp.expect("MIGRATION", status="completed")
+            await qmp.execute("getfd", descriptor=state, fdname="state")
+            await qmp.execute("migrate", uri="fd:state")
+            async with asyncio.timeout(START_TIMEOUT):
+                await saved
+            await qmp.execute("quit")
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not saved.cancelled():
+                raise
+            raise EngineError("QEMU did not save the template") from error
+        finally:
+            await qmp.close()
+
+    async def _launch(
+        self,
+        record: VmRecord,
+        files: VmFiles,
+        start: Boot | Clone,
+        memory: int,
+        network: int,
+        disk: int | None,
+    ) -> Child:
+        hardware = self._hardware(record)
+        cgroup = self._cgroup(record)
+        limits = Limits(hardware.cpu, (hardware.mem_mb + OVERHEAD_MB[hardware.accelerator]) * MIB, PIDS_MAX)
+        await asyncio.to_thread(cgroup.create, limits)
+        await asyncio.to_thread(qemu_files.prepare, files)
+        machine = MachineFiles(files.runtime)
+        user = vm_user(record.slot)
+        with ExitStack() as held:
+            descriptors = Descriptors(
+                memory=memory,
+                root=held.enter_context(qemu_files.opened(self._boot_files(record).root, os.O_RDONLY)),
+                console=held.enter_context(qemu_files.opened(machine.console, os.O_WRONLY | os.O_APPEND)),
+                qmp=held.enter_context(qemu_files.listening(machine.qmp)),
+                agent=held.enter_context(qemu_files.listening(machine.agent)),
+                network=network,
+                workspace=disk,
+            )
+            kvm_user = user if hardware.accelerator is Accelerator.KVM else None
+            tree = await asyncio.to_thread(qemu_files.private_tree, files, _program(), kvm_user)
+            held.callback(os.close, tree)
+            log = held.enter_context(qemu_files.opened(machine.engine, os.O_WRONLY | os.O_APPEND))
+            argv = qemu_args.command(hardware, descriptors, start, record.slot.guest_mac)
+            confined = ["nsenter", f"--mount=/proc/self/fd/{tree}", f"--setgid={user}", f"--setuid={user}", "--", *argv]
+            inherited = [*descriptors.all(), *_descriptors(start), tree]
+            child = process.start(
+                cgroup.entering(["unshare", "--net", "--ipc", "--", *confined]), stderr=log, pass_fds=inherited
+            )
+        await asyncio.to_thread(Path(f"/proc/{child.pid}/oom_score_adj").write_text, str(OOM_SCORE))
+        return child
+
+    def _boot(self, record: VmRecord, held: ExitStack) -> tuple[Boot, int]:
+        """What a machine needs to boot, and the file that becomes its memory."""
+        boot_files = self._boot_files(record)
+        initrd = self._find_agent().initrd(boot_files)
+        held.callback(os.close, initrd)
+        kernel = held.enter_context(qemu_files.opened(boot_files.kernel, os.O_RDONLY))
+        memory = memfile.create("memory", record.spec.mem_mb * MIB)
+        held.callback(os.close, memory)
+        return Boot(kernel, initrd), memory
+
+    def _key(self, record: VmRecord) -> Key:
+        return Key(
+            hardware=self._hardware(record),
+            image=tuple(qemu_boot.identity(path) for path in self._boot_files(record).all),
+            agent=self._find_agent().digest,
+            program=qemu_boot.identity(_program()),
+            cpu_model=qemu_boot.cpu_model(),
+        )
+
+    def _hardware(self, record: VmRecord) -> Hardware:
+        return Hardware(record.spec.cpu, record.spec.mem_mb, self.accelerator, tsc.frequency_khz())
+
+    def _boot_files(self, record: VmRecord) -> BootFiles:
+        return BootFiles(self.config.image_root(record.spec.image_id).parent)
+
+    def _find_agent(self) -> qemu_boot.Agent:
+        if self._agent is None:
+            self._agent = qemu_boot.Agent(self.config.agent)
+        return self._agent
+
+    def _cgroup(self, record: VmRecord) -> Cgroup:
+        if self._layout is None:
+            self._layout = find_layout()
+        return Cgroups(self._layout, f"rundatsheesh-{record.node_id}").group(record.id)
+
+    def _look(self) -> Availability:
+        """Raises HostError or OSError for what is missing."""
+        if os.uname().machine != "x86_64":
+            return Availability(False, f"not supported on {os.uname().machine}", "use the gvisor engine")
+        if os.geteuid() != 0:
+            return Availability(False, "not root", "namespaces, mounts and cgroups need root: use sudo")
+        for program in NEEDED:
+            if tools.find_tool(program) is None:
+                return Availability(False, f"{program} is not installed", "run `rds setup`")
+        if not Path("/dev/net/tun").exists():
+            return Availability(False, "no /dev/net/tun", "load the kernel module tun")
+        find_layout()
+        kvm, fact = usable_kvm()
+        return Availability(True, "QEMU with KVM" if kvm else f"QEMU, which emulates the CPU: {fact}")
+
+
+def _program() -> Path:
+    found = tools.find_tool(qemu_args.PROGRAM)
+    if found is None:
+        raise EngineError(f"{qemu_args.PROGRAM} is not installed", hint="run `rds setup`")
+    return found
+
+
+def _clone(template: Template, held: ExitStack) -> tuple[Clone, int]:
+    memory, state = held.enter_context(template.opened())
+    return Clone(state), memory
+
+
+def _descriptors(start: Boot | Clone) -> tuple[int, ...]:
+    return (start.kernel, start.initrd) if isinstance(start, Boot) else (start.state,)
+
+
+async def _set_capabilities(qmp: Qmp, *names: str) -> None:
+    """x-ignore-shared: memory is no part of the saved state, for it is in its file."""
+    states = [{"capability": name, "state": True} for name in names]
+    await qmp.execute("migrate-set-capabilities", capabilities=states)
+
+
+async def _resume(qmp: Qmp, start: Boot | Clone) -> None:
+    """Return when the guest's processors run; raises EngineError when QEMU ends instead."""
+    if isinstance(start, Boot):
+        return
+    await _set_capabilities(qmp, "x-ignore-shared", "events")
+    loaded = qmp.expect("MIGRATION", status="completed")
+    await qmp.execute("migrate-incoming", uri=f"fd:{start.state}")
+    await asyncio.wait([loaded], timeout=START_TIMEOUT)
+    if not loaded.done() or loaded.cancelled():
+        raise EngineError("QEMU could not load the template")
+    await qmp.execute("cont")  # as stopped as the template was

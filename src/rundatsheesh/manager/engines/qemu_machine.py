@@ -1,0 +1,106 @@
+"""A running virtual machine: one QEMU process. Its end is the guest's end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from rundatsheesh.manager.engines import qemu_files
+from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
+from rundatsheesh.manager.engines.qemu_files import MachineFiles
+from rundatsheesh.manager.engines.qmp import Qmp
+from rundatsheesh.manager.errors import EngineError
+from rundatsheesh.manager.host.cgroups import Cgroup
+from rundatsheesh.manager.host.process import Child, ProcessRef
+
+LAST_WORDS_TIMEOUT = 2.0  # seconds, to read what QEMU said before it ended
+QUIT_TIMEOUT = 5.0  # for QEMU to write out its disk
+TRIM_INTERVAL = 10.0  # between looks at the size of the logs
+
+_PANIC = re.compile(r"Kernel panic - not syncing: (.*)")
+
+
+class QemuMachine:
+    """Implements engines.base.Machine. Make one only for a machine that runs; it watches from then on."""
+
+    def __init__(self, files: VmFiles, cgroup: Cgroup, process: ProcessRef, child: Child | None, qmp: Qmp) -> None:
+        self._files = files
+        self._cgroup = cgroup
+        self._process = process
+        self._child = child  # None when an earlier manager started it: then the exit status is not ours to read
+        self._qmp = qmp
+        self._stopping = False
+        self._freezing = asyncio.Lock()
+        self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
+
+    async def connect(self) -> Stream:
+        """As promised by Machine, but the stream is there before the agent is: what is sent waits for it."""
+        try:
+            return await asyncio.open_unix_connection(str(MachineFiles(self._files.runtime).agent))
+        except OSError as error:
+            evidence = await asyncio.to_thread(qemu_files.evidence, self._files)
+            raise EngineError(f"cannot reach the guest: {error}", details={"log": evidence}) from error
+
+    async def wait(self) -> Exit:
+        return await asyncio.shield(self._exit)
+
+    async def stop(self, grace: float) -> None:
+        """Give the guest `grace` seconds to switch itself off, then end it. The agent is the guest's only power button,
+        so whoever wants a shutdown in good order has asked it before; otherwise what the guest has not synced is lost.
+        """
+        self._stopping = True
+        await self.thaw()  # a frozen guest could neither switch itself off nor hear QEMU's quit
+        if not await self._ends_within(grace):
+            asking = asyncio.ensure_future(self._qmp.execute("quit"))
+            await self._ends_within(QUIT_TIMEOUT)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)  # refused only where QEMU is gone already
+            await asyncio.to_thread(self._cgroup.kill)
+        await self.wait()
+
+    async def freeze(self) -> None:
+        """As promised by Machine; raises EngineError when the guest has ended."""
+        async with self._freezing:
+            try:
+                await asyncio.to_thread(self._cgroup.freeze)
+            except OSError as error:
+                raise EngineError(f"cannot freeze {self._cgroup.name}: {error}") from error
+
+    async def thaw(self) -> None:
+        async with self._freezing:
+            await asyncio.to_thread(self._cgroup.thaw)
+
+    async def _ends_within(self, seconds: float) -> bool:
+        done, _ = await asyncio.wait([self._exit], timeout=seconds)
+        return bool(done)
+
+    async def _watch(self) -> Exit:
+        """Notice QEMU's end, see to it that nothing of it is left, and say why."""
+        await self._process_end()
+        last_words = asyncio.create_task(self._qmp.wait_closed())
+        await asyncio.wait([last_words], timeout=LAST_WORDS_TIMEOUT)
+        await self._qmp.close()
+        await last_words
+        await asyncio.to_thread(self._cgroup.kill)
+        status = await self._child.wait() if self._child is not None else None
+        evidence = await asyncio.to_thread(qemu_files.evidence, self._files)
+        reason = self._reason(evidence)
+        return Exit(reason, status, evidence)
+
+    async def _process_end(self) -> None:
+        ended = asyncio.ensure_future(self._process.wait())
+        try:
+            while not (await asyncio.wait([ended], timeout=TRIM_INTERVAL))[0]:
+                await asyncio.to_thread(qemu_files.trim_logs, self._files)
+        finally:
+            ended.cancel()
+
+    def _reason(self, evidence: str) -> str:
+        if self._stopping:
+            return "stopped"
+        if self._qmp.shutdown_reason in ("guest-reset", "guest-panic"):
+            panic = _PANIC.search(evidence)
+            return "agent_exited" if panic and "Attempted to kill init" in panic.group(1) else "kernel_panic"
+        if self._qmp.shutdown_reason == "guest-shutdown":
+            return "agent_exited" if "the server ended" in evidence else "stopped"
+        return "out_of_memory" if self._cgroup.oom_kills() > 0 else "killed"

@@ -1,0 +1,92 @@
+"""Templates: machines that were booted once and stopped, of which each VM is a clone.
+
+A template is two files in memory, the guest's memory and the state of its devices. They are sealed, so no clone can
+change what others start from. They live as long as this manager: a template that would outlive a change of the host, of
+QEMU or of the image does not exist, and within one life the key tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+from rundatsheesh.manager.engines.qemu_args import Hardware
+from rundatsheesh.manager.host import memfile
+
+# Each takes what its guest touched while it booted, some 100 MiB of the host's memory.
+MAX_TEMPLATES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """All that a template depends on. Equal keys, equal machines."""
+
+    hardware: Hardware
+    image: tuple[tuple[int, ...], ...]  # of each boot file: device, inode, size, time of change
+    agent: str  # digest of its files
+    program: tuple[int, ...]  # QEMU's, like that of a boot file
+    cpu_model: str  # of the host
+
+
+class Template:
+    def __init__(self, memory: int, state: int) -> None:
+        """Takes over both descriptors and seals the files; no process may have them mapped for writing."""
+        self._memory = memory
+        self._state = state
+        memfile.seal(memory)
+        memfile.seal(state)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[int, int]]:
+        """Descriptors of memory and state for one clone. They stay valid when the template is closed meanwhile."""
+        with ExitStack() as stack:
+            memory = stack.enter_context(memfile.reopened(self._memory, os.O_RDWR))
+            # Its position is where reading begins, so it must not be shared.
+            state = stack.enter_context(memfile.reopened(self._state, os.O_RDONLY))
+            yield memory, state
+
+    def close(self) -> None:
+        os.close(self._memory)
+        os.close(self._state)
+
+
+class Templates:
+    """The most recently used ones."""
+
+    def __init__(self, limit: int = MAX_TEMPLATES) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[Key, Template] = OrderedDict()
+        self._making: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()  # a lock lives while it is used
+
+    async def get(self, key: Key, make: Callable[[], Awaitable[Template]]) -> Template:
+        """The template of this key, made by the first who asks while the others wait. Where making fails its caller
+        gets the error and the next one tries. Open the template before the next await: it may be closed later."""
+        lock = self._making.setdefault(key, asyncio.Lock())
+        async with lock:
+            if key not in self._kept:
+                self._kept[key] = await make()
+                self._shrink()
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+    def has(self, key: Key) -> bool:
+        return key in self._kept
+
+    def discard(self, key: Key) -> None:
+        """Have it made anew when it is next asked for. Running clones are not affected."""
+        template = self._kept.pop(key, None)
+        if template is not None:
+            template.close()
+
+    def close(self) -> None:
+        for key in list(self._kept):
+            self.discard(key)
+
+    def _shrink(self) -> None:
+        while len(self._kept) > self._limit:
+            self.discard(next(iter(self._kept)))
