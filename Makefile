@@ -52,7 +52,7 @@ LOCK := .venv/lock/bin/uv pip compile --quiet --no-config --universal --python-v
 lock: ## pin all dependencies anew, with hashes
 	@$(BOOTSTRAP)
 	$(PYTHON) -m venv .venv/lock
-	.venv/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	$(LOCK) pyproject.toml --extra dev --output-file requirements-dev.txt
 	$(LOCK) pyproject.toml --constraints requirements-dev.txt --output-file requirements.txt
 	$(LOCK) $(GUEST).in --no-deps --output-file $(GUEST).txt
