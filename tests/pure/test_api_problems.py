@@ -135,6 +135,13 @@ async def test_the_access_log_has_the_request_id(server: Server, caplog: pytest.
     assert answer.headers["x-request-id"] in line and "key:main" in line and "GET /v1/vms 200" in line
 
 
+async def test_a_path_writes_no_line_of_its_own_into_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "rundatsheesh.access"):
+        await server.client.get("/nope%0aGET%20/v1/vms%20200%1b[2J")
+    line = next(record.getMessage() for record in caplog.records if record.name == "rundatsheesh.access")
+    assert line.isprintable() and "/nope%0AGET" in line
+
+
 async def test_health(server: Server) -> None:
     assert (await server.client.get("/health")).json() == {"status": "ok"}
     assert (await server.client.get("/health/ready")).json() == {"status": "ready"}

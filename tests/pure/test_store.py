@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_support import SPEC, reserve
 
-from rundatsheesh.manager.errors import Conflict, LimitReached, NotFound, Unavailable
+from rundatsheesh.manager.errors import Conflict, LimitReached, NotFound, StorageFull, Unavailable
 from rundatsheesh.manager.model import (
     EgressPolicy,
     Isolation,
@@ -199,6 +199,14 @@ async def test_a_naive_time_is_refused(opened: Store) -> None:
     record = await reserve(opened)
     with pytest.raises(Exception, match="naive"):
         await opened.move(record.id, {State.CREATING}, State.RUNNING, started_at=now().replace(tzinfo=None))
+
+
+async def test_a_full_disk_is_told_as_such(opened: Store) -> None:
+    async with opened._database._engine.connect() as connection:
+        await connection.exec_driver_sql("PRAGMA max_page_count = 1")  # SQLite's own limit; as if the disk ended there
+    with pytest.raises(StorageFull):
+        for _ in range(200):
+            await reserve(opened, replace(SPEC, name="n" * 128, labels={str(n): "v" * 200 for n in range(30)}))
 
 
 async def test_records_survive_a_restart(tmp_path: Path) -> None:

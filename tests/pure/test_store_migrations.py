@@ -60,3 +60,12 @@ async def test_an_up_to_date_database_opens_without_alembic(tmp_path: Path) -> N
         "assert 'alembic' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "url", ["no url", "sqlite:////nowhere/at/all.db", "mongodb://localhost/x", "sqlite:////dev/null"]
+)
+async def test_what_cannot_be_opened_is_told(url: str) -> None:
+    with pytest.raises(HostError) as refused:
+        await Store.open(url)
+    assert refused.value.code == "database_unavailable"

@@ -6,6 +6,7 @@ import logging
 import re
 import secrets
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 access_log = logging.getLogger("rundatsheesh.access")
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_LOGGED_PATH = 512
 CLIENT_GONE = 499  # in the log only
 
 _DEFAULT_HEADERS = {
@@ -47,7 +49,7 @@ class RequestContext:
             access_log.info(
                 "%s %s %s %d ms, request %s, %s",
                 scope["method"],
-                scope["path"],
+                _loggable(scope["path"]),
                 exchange.status or CLIENT_GONE,
                 round((time.monotonic() - begun) * 1000),
                 exchange.request_id,
@@ -95,6 +97,11 @@ class _Exchange:
         elif self._head and message["type"] == "http.response.body":
             message = {**message, "body": b""}
         await self._send(message)
+
+
+def _loggable(path: str) -> str:
+    """Percent-encoded again, so that no path can write a line of its own into the log."""
+    return quote(path[:MAX_LOGGED_PATH], safe="/:@-._~", errors="replace")
 
 
 def _request_id(offered: str | None) -> str:

@@ -10,16 +10,17 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.errors import HostError, StorageFull
 from rundatsheesh.manager.store.schema import HEAD
 
 T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 15
 MIGRATION_LOCK = 0x72647368  # any fixed number: PostgreSQL's advisory lock while migrating
+SQLSTATE_DISK_FULL = "53100"
 
 _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 
@@ -35,13 +36,16 @@ class Database:
 
     @classmethod
     async def open(cls, url: str) -> Database:
-        """Connect and bring the schema up to date. Raises HostError when the database is of a newer version."""
-        database = cls(_create_engine(make_url(url)))
+        """Connect and bring the schema up to date. Raises HostError when that cannot be, or when it is newer."""
         try:
-            await database._migrate()
-        except BaseException:
-            await database.close()
-            raise
+            database = cls(_create_engine(make_url(url)))
+            try:
+                await database._migrate()
+            except BaseException:
+                await database.close()
+                raise
+        except (SQLAlchemyError, OSError, ImportError) as error:
+            raise HostError(f"the database cannot be opened: {error}", code="database_unavailable") from error
         return database
 
     async def close(self) -> None:
@@ -54,9 +58,14 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction: committed when the block ends, rolled back when it raises."""
-        async with self._turn, self._writer.begin() as connection:
-            yield connection
+        """One transaction: committed when the block ends, rolled back when it raises. Raises StorageFull."""
+        try:
+            async with self._turn, self._writer.begin() as connection:
+                yield connection
+        except DBAPIError as error:
+            if "disk is full" in str(error.orig) or getattr(error.orig, "sqlstate", None) == SQLSTATE_DISK_FULL:
+                raise StorageFull("the disk of the server's database is full") from error
+            raise
 
     async def _migrate(self) -> None:
         async with self._engine.connect() as connection:
