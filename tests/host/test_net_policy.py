@@ -29,7 +29,7 @@ from net_lab import (
 )
 
 from rundatsheesh.manager.model import Slot
-from rundatsheesh.manager.net import TapOwner, kernel, links
+from rundatsheesh.manager.net import TapOwner, kernel, links, rtnetlink
 
 EVERYTHING = policy("0.0.0.0/0")
 REFUSED = "ConnectionRefusedError"
@@ -308,7 +308,8 @@ async def test_tap_has_the_same_policy() -> None:
         assert guest.netns not in kernel.namespace_names()
         assert "user 54321 group 54322" in shell(f"ip -d link show dev {guest.link}")
         await net.reset_guest_end(guest)  # nothing to do, nothing to fail
-        with _opened_tap(guest.link) as tap:
+        with rtnetlink.link_events() as events, _opened_tap(guest.link) as tap:
+            await asyncio.to_thread(rtnetlink.wait_until_running, events, socket.if_nametoindex(guest.link))
             assert _ping_through(tap, guest, str(guest.guest_ip), GATEWAY) == (0, 0)
             assert _ping_through(tap, guest, str(guest.guest_ip), WORLD) == (3, 13)
             before = (await net.refused_packets())[guest]

@@ -49,7 +49,7 @@ def test_elements_of_every_kind() -> None:
 
 
 def test_leases_become_elements_that_expire_when_they_do() -> None:
-    leases = {IPv4Address("1.2.3.4"): Lease(1020.9, 1500), IPv4Address("1.2.3.5"): Lease(0, 1000.5)}
+    leases = {IPv4Address("1.2.3.4"): Lease(1019.9, 1500), IPv4Address("1.2.3.5"): Lease(0, 1000.5)}
     found = [(str(e.element), e.element.set, e.seconds) for e in timed_elements("l", leases, 1000)]
     assert found == [('"l" . 1.2.3.4', "resolved", 20), ('"l" . 1.2.3.4', "opened", 500)]
 

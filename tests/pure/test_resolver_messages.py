@@ -172,6 +172,15 @@ def test_nothing_resolves_to_nothing() -> None:
     assert (answer.addresses, answer.response.rcode()) == ((), dns.rcode.NXDOMAIN)
 
 
+def test_truncated_reply_stays_truncated() -> None:
+    question = parse_query(query().to_wire())
+    cut = dns.message.make_response(question.to_upstream())
+    cut.flags |= dns.flags.TC
+    answer = parse_answer(question, cut.to_wire())
+    assert answer is not None
+    assert dns.message.from_wire(answer.to_wire(512)).flags & dns.flags.TC
+
+
 def test_circular_chain_is_malformed() -> None:
     question = parse_query(query("a.example.com").to_wire())
     reply = answer_to(

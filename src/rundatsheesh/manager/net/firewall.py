@@ -16,7 +16,6 @@ from rundatsheesh.manager.net.policy import Element
 
 TIMEOUT = 20.0  # seconds; a transaction takes 5 ms, one that deletes 20
 LIST_LIMIT = 64 << 20  # bytes; the fullest table (700 VMs of 64 entries) lists as about 10 MB
-FRESH = 1.0  # seconds for which what was just listed is believed without listing again
 
 LEASE_GRACE = 5  # seconds that an address stays open longer than asked: rounding, and the answer's way to the guest
 OPENED_SECONDS = 24 * 3600  # how long a connection may outlive the answer that allowed it
@@ -35,7 +34,7 @@ class Firewall:
         self._lock = asyncio.Lock()
         self._vms: dict[str, VmRules] = {}  # by link
         self._exists = False
-        self._read_at: float | None = None  # monotonic; None while the mirror may be wrong
+        self._sure = False  # whether the mirror is right, as far as our own hand goes
         self._resolver_port = 0
 
     async def open(self, resolver_port: int) -> None:
@@ -64,8 +63,7 @@ class Firewall:
         """Repair: afterwards the table exists and holds `policy` for this VM. What its names opened stays open."""
         wanted = rules.elements_of(slot, policy)
         async with self._lock:
-            if self._read_at is None or self._read_at + FRESH < time.monotonic():
-                await self._read()
+            await self._read()
             if not self._exists:
                 await self._apply(self._whole_table())
             if self._of(slot).static != wanted:
@@ -166,23 +164,22 @@ class Firewall:
     async def _apply(self, text: str) -> None:
         if not text:
             return
-        read_at, self._read_at = self._read_at, None  # until it is known whether the kernel has taken it
+        sure, self._sure = self._sure, False  # until it is known whether the kernel has taken it
         try:
             await run(["nft", "-f", "-"], input=text.encode(), timeout=TIMEOUT)
         except ProcessError as error:
             raise NetworkError(f"nftables refused a transaction: {error.message}") from error
-        self._read_at, self._exists = read_at, True
+        self._sure, self._exists = sure, True
 
     async def _read_if_unsure(self) -> None:
-        if self._read_at is None:
+        if not self._sure:
             await self._read()
 
     async def _read(self) -> None:
         listing = await self._list(f"table {self._table}")
-        now = time.monotonic()
         self._exists = listing is not None
-        self._vms = {} if listing is None else read_listing(listing, now)
-        self._read_at = now
+        self._vms = {} if listing is None else read_listing(listing, time.monotonic())
+        self._sure = True
 
     async def _list(self, what: str) -> bytes | None:
         """JSON; None when there is no such thing."""

@@ -11,31 +11,30 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyroute2 import IPRoute  # type: ignore[import-untyped]
-from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
-
 from rundatsheesh.manager.errors import NetworkError
 from rundatsheesh.manager.model import GATEWAY, SLOTS_PER_BLOCK, Slot
-from rundatsheesh.manager.net import kernel
+from rundatsheesh.manager.net import kernel, rtnetlink
+from rundatsheesh.manager.net.netlink import ROUTE, Netlink
+from rundatsheesh.manager.net.rtnetlink import Interface
 
 GUEST_LINK = "eth0"
 GATEWAY_MAC = "02:fd:" + ":".join(f"{octet:02x}" for octet in GATEWAY.packed)  # the same for every guest, so that a
 # guest that is restored elsewhere finds its neighbour where its ARP cache says
-NUD_PERMANENT = 0x80
-LINK_SCOPE = 253
 MTU = 1500
 
 
 def create_veth(slot: Slot) -> None:
-    """Namespace, pair, addresses and routes; the host end is up last."""
+    """Namespace, pair, addresses and routes; on return packets flow."""
     with _failures(f"create link {slot.link}"):
         remove(slot)
         kernel.create_namespace(slot.netns)
-        with IPRoute() as netlink, open(kernel.NETNS_DIRECTORY / slot.netns, "rb") as namespace:
-            peer = {"ifname": GUEST_LINK, "address": slot.guest_mac, "mtu": MTU, "net_ns_fd": namespace.fileno()}
-            netlink.link("add", ifname=slot.link, kind="veth", address=GATEWAY_MAC, mtu=MTU, peer=peer)
-            kernel.inside_namespace(slot.netns, lambda: _configure_guest_end(slot))
+        with Netlink(ROUTE) as netlink, open(kernel.NETNS_DIRECTORY / slot.netns, "rb") as namespace:
+            host, guest = Interface(slot.link, GATEWAY_MAC, MTU), Interface(GUEST_LINK, slot.guest_mac, MTU)
+            rtnetlink.create_veth(netlink, host, guest, namespace.fileno())
             _configure_host_end(netlink, slot)
+            with rtnetlink.link_events() as events:
+                kernel.inside_namespace(slot.netns, lambda: _configure_guest_end(slot))
+                rtnetlink.wait_until_running(events, _index(slot.link))
 
 
 def create_tap(slot: Slot, uid: int, gid: int) -> None:
@@ -43,14 +42,14 @@ def create_tap(slot: Slot, uid: int, gid: int) -> None:
     with _failures(f"create tap {slot.link}"):
         remove(slot)
         kernel.create_tap(slot.link, uid, gid)
-        with IPRoute() as netlink:
-            netlink.link("set", index=_index(slot.link), address=GATEWAY_MAC, mtu=MTU)
+        with Netlink(ROUTE) as netlink:
+            rtnetlink.describe_link(netlink, _index(slot.link), GATEWAY_MAC, MTU)
             _configure_host_end(netlink, slot)
 
 
 def configure_host_end(slot: Slot) -> None:
     """Address, route and state of the host end again."""
-    with _failures(f"configure {slot.link}"), IPRoute() as netlink:
+    with _failures(f"configure {slot.link}"), Netlink(ROUTE) as netlink:
         _configure_host_end(netlink, slot)
 
 
@@ -66,8 +65,8 @@ def remove(slot: Slot) -> None:
     with _failures(f"remove link {slot.link}"):
         # First the link: a namespace frees its end late, and a process that still sits in it must be cut off now.
         if slot.link in names():
-            with IPRoute() as netlink, _absent_is_fine():
-                netlink.link("del", ifname=slot.link)
+            with Netlink(ROUTE) as netlink, _absent_is_fine():
+                rtnetlink.delete_link(netlink, slot.link)
         kernel.remove_namespace(slot.netns)
 
 
@@ -90,26 +89,26 @@ def slot_of(link: str) -> Slot | None:
     return slot if slot.link == link else None
 
 
-def _configure_host_end(netlink: IPRoute, slot: Slot) -> None:
+def _configure_host_end(netlink: Netlink, slot: Slot) -> None:
     index = _index(slot.link)
     kernel.write_sysctl(f"ipv6/conf/{slot.link}/disable_ipv6", "1")
     kernel.write_sysctl(f"ipv4/conf/{slot.link}/forwarding", "1")
-    netlink.addr("replace", index=index, address=str(GATEWAY), prefixlen=32)
-    netlink.link("set", index=index, state="up")
-    netlink.route("replace", dst=f"{slot.guest_ip}/32", oif=index, scope=LINK_SCOPE, prefsrc=str(GATEWAY))
+    rtnetlink.replace_address(netlink, index, GATEWAY)
     # The guest's hardware address is known, so that it cannot be asked for nor lied about.
-    netlink.neigh("replace", dst=str(slot.guest_ip), lladdr=slot.guest_mac, ifindex=index, state=NUD_PERMANENT)
+    rtnetlink.replace_neighbour(netlink, index, slot.guest_ip, slot.guest_mac)
+    rtnetlink.bring_up(netlink, index)
+    rtnetlink.replace_link_route(netlink, index, slot.guest_ip, source=GATEWAY)
 
 
 def _configure_guest_end(slot: Slot) -> None:
     kernel.write_sysctl(f"ipv6/conf/{GUEST_LINK}/disable_ipv6", "1")  # lo keeps ::1, which programs listen on
-    with IPRoute() as netlink:
+    with Netlink(ROUTE) as netlink:
         index = _index(GUEST_LINK)
-        netlink.link("set", index=_index("lo"), state="up")
-        netlink.addr("replace", index=index, address=str(slot.guest_ip), prefixlen=32)
-        netlink.link("set", index=index, state="up")
-        netlink.route("replace", dst=f"{GATEWAY}/32", oif=index, scope=LINK_SCOPE)
-        netlink.route("replace", dst="default", gateway=str(GATEWAY), oif=index)
+        rtnetlink.bring_up(netlink, _index("lo"))
+        rtnetlink.replace_address(netlink, index, slot.guest_ip)
+        rtnetlink.bring_up(netlink, index)
+        rtnetlink.replace_link_route(netlink, index, GATEWAY)
+        rtnetlink.replace_default_route(netlink, index, GATEWAY)
 
 
 def _index(name: str) -> int:
@@ -120,7 +119,7 @@ def _index(name: str) -> int:
 def _failures(what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, NetlinkError) as error:
+    except OSError as error:
         raise NetworkError(f"cannot {what}: {error}") from error
 
 
@@ -128,6 +127,6 @@ def _failures(what: str) -> Iterator[None]:
 def _absent_is_fine() -> Iterator[None]:
     try:
         yield
-    except NetlinkError as error:
-        if error.code != errno.ENODEV:
+    except OSError as error:
+        if error.errno != errno.ENODEV:
             raise

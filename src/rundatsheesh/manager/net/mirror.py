@@ -44,7 +44,7 @@ def timed_elements(link: str, leases: dict[IPv4Address, Lease], now: float) -> I
         network = IPv4Network(address)
         for name, end in (("resolved", lease.resolved), ("opened", lease.opened)):
             if end - now >= 1:
-                yield TimedElement(Element(name, link, network), int(end - now))
+                yield TimedElement(Element(name, link, network), round(end - now))
 
 
 def read_listing(listing: bytes, now: float) -> dict[str, VmRules]:

@@ -117,6 +117,7 @@ def parse_answer(question: Question, reply: bytes) -> Answer | None:
     try:
         upstream = dns.message.from_wire(reply)
         response = _response(question.query, upstream.rcode())
+        response.flags |= upstream.flags & dns.flags.TC
         response.answer, addresses = _chain(question, upstream)
         response.authority = upstream.authority
         for records in response.answer + response.authority:
