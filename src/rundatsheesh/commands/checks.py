@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import rundatsheesh
-from rundatsheesh.manager.build.image import ensure_image, find_image
+from rundatsheesh.manager.build.image import ensure_boot_files, ensure_image, find_image, wants_boot_files
 from rundatsheesh.manager.build.recipe import recipe_hash
 from rundatsheesh.manager.engines.base import Availability
 from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
@@ -48,6 +48,7 @@ def all_steps(settings: Settings, environment: Mapping[str, str]) -> tuple[Step,
 
     async def build(report: Report) -> str:
         image = await ensure_image(settings.image_cache, environment, report)
+        await ensure_boot_files(image, environment, report)
         return f"{image.id}, {image.manifest.size_bytes >> 20} MiB"
 
     async def examine(report: Report) -> str:
@@ -56,7 +57,7 @@ def all_steps(settings: Settings, environment: Mapping[str, str]) -> tuple[Step,
 
     def look() -> str | None:
         image = find_image(settings.image_cache)
-        return image.id if image else None
+        return image.id if image and not wants_boot_files(image) else None
 
     return (
         *host_steps(settings.image_cache, environment),

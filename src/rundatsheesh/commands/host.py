@@ -96,7 +96,9 @@ def build() -> None:
 
     async def run() -> images.Image:
         async with locked(settings.image_cache, click.echo):
-            return await images.ensure_image(settings.image_cache, inherited_environment(), click.echo)
+            built = await images.ensure_image(settings.image_cache, inherited_environment(), click.echo)
+            await images.ensure_boot_files(built, inherited_environment(), click.echo)
+            return built
 
     with explained():
         built = _run(run)

@@ -5,7 +5,8 @@ IMAGE_CACHE/
 ├── images/<hash>/        one image; it appears by a rename, when it is complete
 │   ├── root/             the guest's root directory, owned by root, read-only by convention
 │   ├── manifest.json     what it was made of, see Manifest
-│   └── contents.txt      one line per file, see files.describe
+│   ├── contents.txt      one line per file, see files.describe
+│   └── vmlinux, ...      what virtual machines boot from, see host/bootfiles.py; where this host can make it
 ├── images/.new-*         an image that is being built
 └── bin/                  runsc, see host/tools.py
 """
@@ -22,7 +23,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rundatsheesh.manager.build import files, runtimes, tree
+from rundatsheesh.manager.build import files, kernel, runtimes, tree
 from rundatsheesh.manager.build.recipe import RECIPE, guest_architecture, recipe_hash
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host import process
@@ -114,6 +115,23 @@ async def ensure_image(cache: Path, environment: Mapping[str, str], report: Repo
     await asyncio.to_thread(os.sync)  # a manifest must not survive a power failure that its files did not
     image.directory.rename(final)
     return _read(final)
+
+
+def wants_boot_files(image: Image) -> bool:
+    """Whether `ensure_boot_files` would make them."""
+    return not kernel.has_vm_files(image.directory) and kernel.unsupported_because() is None
+
+
+async def ensure_boot_files(image: Image, environment: Mapping[str, str], report: Report) -> None:
+    """Find or make what virtual machines boot from, beside the image's root directory. Only the qemu engine needs it,
+    so a host that cannot make it is told and goes on without. The caller holds the cache's lock."""
+    if kernel.has_vm_files(image.directory):
+        return
+    if (reason := kernel.unsupported_because()) is not None:
+        report(f"no boot files for virtual machines: {reason}")
+        return
+    report("Debian's kernel, and the image as one file, for virtual machines")
+    await kernel.build_vm_files(image.root, image.directory, environment)
 
 
 async def build_image(where: Path, environment: Mapping[str, str], report: Report) -> Image:

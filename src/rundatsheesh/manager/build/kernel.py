@@ -6,6 +6,7 @@ host/bootfiles.py names them. They depend on the image alone, and are made once 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import lzma
 import shutil
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 from rundatsheesh.manager.build.initrd import base_initrd
 from rundatsheesh.manager.build.recipe import RECIPE, SOURCE_DATE_EPOCH, guest_architecture
 from rundatsheesh.manager.errors import HostError
-from rundatsheesh.manager.host import process
+from rundatsheesh.manager.host import process, tools
 from rundatsheesh.manager.host.bootfiles import BootFiles
 
 PACKAGES = {"x86_64": ("linux-image-cloud-amd64", "busybox-static")}
@@ -37,24 +38,39 @@ MODULES = (
     "virtio_net",
 )
 
+TOOLS = ("zstd", "mkfs.erofs")
+STAMP = "boot-recipe"  # which sources made the boot files; written last
+SOURCES = ("kernel.py", "initrd.py")
+
 BOOT_MAGIC = b"HdrS"  # at 0x202 of a bzImage, see the kernel's boot.rst
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ELF_MAGIC = b"\x7fELF"
 SECTOR = 512
 
 
-class UnsupportedArchitectureError(HostError):
-    code = "architecture_unsupported"
+def unsupported_because() -> str | None:
+    """Why this host can make no boot files; None when it can."""
+    if guest_architecture() not in PACKAGES:
+        return f"virtual machines are not supported on {guest_architecture()}"
+    missing = [program for program in TOOLS if tools.find_tool(program) is None]
+    return f"{', '.join(missing)} not installed" if missing else None
+
+
+def has_vm_files(out: Path) -> bool:
+    """Whether the boot files in `out` are there and of this recipe."""
+    stamp = out / STAMP
+    return BootFiles(out).complete() and stamp.is_file() and stamp.read_text() == _recipe_hash()
 
 
 async def build_vm_files(root: Path, out: Path, environment: Mapping[str, str]) -> None:
     """Make the boot files in `out` from the finished guest `root`.
 
-    Takes ten seconds and the network; `environment` is for the download. A file that appears is complete. Raises
-    UnsupportedArchitectureError on anything but x86_64 and ProcessError when a tool fails.
+    Takes ten seconds and the network; `environment` is for the download. A file that appears is complete, so machines
+    that boot from the ones before are not disturbed. Raises HostError where this host cannot, ProcessError when a tool
+    fails.
     """
-    if guest_architecture() not in PACKAGES:
-        raise UnsupportedArchitectureError(f"virtual machines are not supported on {guest_architecture()}")
+    if (reason := unsupported_because()) is not None:
+        raise HostError(reason)
     boot_files = BootFiles(out)
     with tempfile.TemporaryDirectory(prefix=".kernel-", dir=out) as scratch:
         tree = Path(scratch, "tree")
@@ -63,6 +79,7 @@ async def build_vm_files(root: Path, out: Path, environment: Mapping[str, str]) 
         initrd = await asyncio.to_thread(_make_initrd, tree)
         await asyncio.to_thread(_write, boot_files.initrd, initrd)
     await make_root(root, boot_files.root)
+    await asyncio.to_thread(_write, out / STAMP, _recipe_hash().encode())
 
 
 async def make_kernel(bzimage: Path, vmlinux: Path) -> None:
@@ -132,6 +149,11 @@ def _make_initrd(tree: Path) -> bytes:
         name: lzma.decompress(_only(tree, f"usr/lib/modules/*/kernel/**/{name}.ko.xz").read_bytes()) for name in MODULES
     }
     return base_initrd(_only(tree, "usr/bin/busybox").read_bytes(), modules)
+
+
+def _recipe_hash() -> str:
+    content = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _only(tree: Path, pattern: str) -> Path:

@@ -36,7 +36,6 @@ FIRST_UID = 1_900_000_000
 PIDS_MAX = 128  # QEMU's threads: one per CPU, and up to 64 that wait for the disk
 # QEMU's own memory on top of the guest's: 35 MiB, and what translated code takes where the CPU is emulated.
 OVERHEAD_MB = {Accelerator.KVM: 96, Accelerator.TCG: 96 + 2 * qemu_args.TRANSLATION_MB}
-OOM_SCORE = 500  # when the host itself runs out of memory, guests go before the manager
 BOOT_TIMEOUT = 120.0  # seconds; 3 on an idle host, and many may boot at once
 START_TIMEOUT = 60.0  # for QEMU to be up, or a clone to have its state; a tenth of a second on an idle host
 NEEDED = (qemu_args.PROGRAM, "nsenter", "unshare")
@@ -211,11 +210,8 @@ class Qemu:
             argv = qemu_args.command(hardware, descriptors, start, record.slot.guest_mac)
             confined = ["nsenter", f"--mount=/proc/self/fd/{tree}", f"--setgid={user}", f"--setuid={user}", "--", *argv]
             inherited = [*descriptors.all(), *_descriptors(start), tree]
-            child = process.start(
-                cgroup.entering(["unshare", "--net", "--ipc", "--", *confined]), stderr=log, pass_fds=inherited
-            )
-        await asyncio.to_thread(Path(f"/proc/{child.pid}/oom_score_adj").write_text, str(OOM_SCORE))
-        return child
+            entered = cgroup.entering(["unshare", "--net", "--ipc", "--", *confined])
+            return process.start(entered, stderr=log, pass_fds=inherited)
 
     def _boot(self, record: VmRecord, held: ExitStack) -> tuple[Boot, int]:
         """What a machine needs to boot, and the file that becomes its memory."""

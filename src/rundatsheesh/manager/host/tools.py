@@ -61,6 +61,7 @@ OPTIONAL = (
         if machine == platform.machine()
     ),
     Tool("mkfs.erofs", "erofs-utils", "packs the guest image for the qemu engine"),
+    Tool("zstd", "zstd", "unpacks the kernel for the qemu engine"),
 )
 
 
