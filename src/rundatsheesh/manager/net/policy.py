@@ -211,7 +211,8 @@ def table_text(block: int, resolver_port: int) -> str:
     """The table of one manager with no VM in it.
 
     Every packet of a guest is judged, not only the first of a connection, so that a narrowed policy holds at once.
-    Refusals answer: a TCP reset or an ICMP error reaches the guest immediately.
+    Refusals answer: a TCP reset or an ICMP error reaches the guest immediately. UDP is refused as by a closed port,
+    because gVisor's network stack tells its programs of no other ICMP error.
     """
     links = f'"rds{block}-*"'
     addresses = GUEST_NETWORK.network_address + block * SLOTS_PER_BLOCK
@@ -304,10 +305,12 @@ def table_text(block: int, resolver_port: int) -> str:
   chain refuse {{
     update @refusals {{ iifname counter }}
     meta l4proto tcp reject with tcp reset
+    meta l4proto udp reject with icmpx port-unreachable
     reject with icmpx admin-prohibited
   }}
   chain refuse_caller {{
     meta l4proto tcp reject with tcp reset
+    meta l4proto udp reject with icmpx port-unreachable
     reject with icmpx admin-prohibited
   }}
 }}
