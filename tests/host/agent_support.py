@@ -13,6 +13,8 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+from script_harness import interpreter
+
 import rundatsheesh.agent
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
 
@@ -36,6 +38,10 @@ mount -t proc proc proc
 mount --bind "$1/workspace" workspace
 mount --bind "$1/run" run/agent
 mount --bind "$2" opt/rds/agent
+for link in "$1"/interpreters/*.link; do
+    program="${link%.link}"; : > "$program"; mount --bind "$(readlink "$link")" "$program"
+done
+mount --rbind "$1/interpreters" usr/local/bin
 shift 2
 exec chroot . "$@"
 """
@@ -148,9 +154,11 @@ async def script(guest: Guest, code: str, **more: object) -> CallResult:
 
 
 def _prepare(directory: Path) -> None:
-    for name in ("root", "workspace", "run", "state"):
+    for name in ("root", "workspace", "run", "state", "interpreters"):
         (directory / name).mkdir()
     (directory / "run").chmod(0o700)
+    for name in ("deno", "node"):
+        (directory / f"interpreters/{name}.link").symlink_to(interpreter(name))
     shutil.chown(directory / "workspace", 1000, 1000)
 
 

@@ -94,7 +94,7 @@ def _judge(call: Call, tree: Tree) -> None:
             raise CallFailed(code, message, details)
         if stage == "call":
             number, text = evidence
-            raise CallFailed("guest_storage_full" if number in _FULL else "internal", text)
+            raise CallFailed("workspace_full" if number in _FULL else "internal", text)
         raise CallFailed("internal", f"{stage}: {evidence}")
     if tree.status is None or tree.status != 0:
         raise CallFailed("internal", "the transfer was killed inside the guest")

@@ -20,6 +20,7 @@ from rundatsheesh.manager.errors import (
     InvalidInput,
     NotFound,
     RdsError,
+    TooLarge,
 )
 from rundatsheesh.manager.guest_channel import STALL, CallError, Channel, GuestCall, GuestGone, Stream
 from rundatsheesh.manager.guest_output import MAX_TEXT, Capture, UnusableValueError, Value, clean_text, parse_value
@@ -307,8 +308,12 @@ class _Watch:
 _CODES: Mapping[str, type[RdsError]] = {
     "path_not_found": NotFound,
     "path_outside_workspace": InvalidInput,
+    "path_conflict": InvalidInput,
+    "path_too_long": InvalidInput,
+    "path_unreadable": InvalidInput,
+    "path_unwritable": InvalidInput,
     "invalid_input": InvalidInput,
-    "guest_storage_full": GuestError,
+    "workspace_full": TooLarge,
     "guest_overloaded": GuestUnresponsive,
     "interpreter_missing": GuestError,
 }
