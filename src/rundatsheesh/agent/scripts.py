@@ -26,6 +26,7 @@ _LOAD_FAILURES = {
     "ts": re.compile(r"^error: (?:Uncaught (?:\(in promise\) )?)?(?:(\w*(?:Error|Exception)): )?(.+)$", re.M),
     "js": re.compile(r"^(\w*Error)(?: \[\w+\])?: (.+)$", re.M),
 }
+_CUT_OFF = b'{"name":"Error","message":"The program ended before its last result was sent"}'
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _DENO_ENV = {
     "DENO_DIR": "/var/tmp/deno",
@@ -148,8 +149,11 @@ class Report:
             self._skipping = False
         self._append(rest)
 
-    def finish(self, exit_code: int = 0, stderr: bytes = b"") -> tuple[bytes | None, bytes | None]:
+    def finish(self, exit_code: int, stderr: bytes) -> tuple[bytes | None, bytes | None]:
         """The result and the error. `stderr` is looked at where the program ended without having begun."""
+        if self._line.startswith(b'"r'):  # rather none than an earlier one
+            self._kept.pop("r", None)
+            self._kept.setdefault("e", _CUT_OFF)
         error = self._kept.get("e") or self._kept.get("u")
         if error is None and exit_code == 1 and "x" not in self._kept:
             error = _load_failure(self._load_failure, stderr[-65536:])

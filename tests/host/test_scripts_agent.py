@@ -1,0 +1,95 @@
+"""run-ts and run-js through a real agent. What `result` carries is tested in test_scripts_result."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agent_support import RunningAgent, agent_on, engines, script, sh
+
+from rundatsheesh.manager.errors import InvalidInput, NotFound
+from rundatsheesh.manager.guest import Guest, ScriptRequest
+
+PROGRAMS = {"ts": "deno", "js": "node"}
+ARGS = {"ts": "Deno.args", "js": "process.argv.slice(2)"}
+EXIT = {"ts": "Deno.exit", "js": "process.exit"}
+
+
+@pytest.fixture(params=engines())
+def agent(request: pytest.FixtureRequest) -> Iterator[RunningAgent]:
+    with tempfile.TemporaryDirectory(prefix="rds-agent-") as directory:
+        Path(directory).chmod(0o755)  # the guest's user comes through it
+        with agent_on(request.param, Path(directory)) as running:
+            yield running
+
+
+async def languages(guest: Guest) -> list[str]:
+    """Those that the guest has, by its root."""
+    found = [name for name, program in PROGRAMS.items() if (await sh(guest, f"command -v {program}")).exit_code == 0]
+    assert found
+    return found
+
+
+async def test_results_errors_and_exits(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        for language in await languages(guest):
+            got = await script(guest, "result.set({n: 1n}); console.log('out')", language=language)
+            assert (got.exit_code, got.stdout, got.stderr, got.result) == (0, "out\n", "", {"n": "1"})
+            got = await script(guest, "result.set(null)", language=language)
+            assert (got.has_result, got.result, got.error) == (True, None, None)
+            got = await script(guest, f"result.error('mine'); {EXIT[language]}(0)", language=language)
+            assert (got.exit_code, got.error) == (1, {"name": "Error", "message": "mine"})
+            got = await script(guest, "const x = ;", language=language)
+            assert (got.exit_code, got.error["name"]) == (1, "SyntaxError")
+            got = await script(guest, "result.set('kept'); for (;;);", language=language, timeout_ms=6000)
+            assert (got.exit_code, got.timed_out, got.result) == (124, True, "kept")
+
+
+async def test_a_large_result_survives_an_immediate_exit(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        for language in await languages(guest):
+            code = f"for (let i = 0; i < 9; i++) result.set(i + '\"'.repeat(5e5)); {EXIT[language]}(4)"
+            got = await script(guest, code, language=language)
+            assert (got.exit_code, got.result) == (4, "8" + '"' * 500_000), language
+
+
+async def test_calls_at_once_never_mix(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        for language in await languages(guest):
+            code = f"await new Promise((r) => setTimeout(r, 20)); result.set({ARGS[language]}); console.log({ARGS[language]}[0])"
+            calls = [script(guest, code, language=language, args=(str(n),), timeout_ms=120_000) for n in range(20)]
+            for number, got in enumerate(await asyncio.gather(*calls)):
+                assert (got.result, got.stdout, got.exit_code) == ([str(number)], f"{number}\n", 0)
+
+
+async def test_nothing_of_a_call_stays(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        for language in await languages(guest):
+            code = "const secret: string = 'tell-' + 'nobody-x'; result.set(secret)"
+            await script(guest, code.replace(": string", "") if language == "js" else code, language=language)
+        left = await sh(guest, "ls -A /workspace; grep -rl 'nobody-x' /tmp /var/tmp /dev/shm 2>/dev/null; true")
+        assert left.stdout == ""
+
+
+async def test_paths(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        await sh(guest, "mkdir -p p; echo 'export const lib = 7;' > p/lib.mjs; ln -s /etc/passwd out.ts")
+        (agent.workspace / "p/main.mjs").write_text(
+            "import {lib} from './lib.mjs'; result.set([lib, import.meta.main, import.meta.url])"
+        )
+        request = {"timeout_ms": 30_000, "max_output": 1 << 20, "allow_net": False, "code": None}
+        for language in await languages(guest):
+            got = await guest.run_script(ScriptRequest(language=language, path="/home/user/p/main.mjs", **request))  # type: ignore[arg-type]
+            assert got.result in ([7, True, "file:///workspace/p/main.mjs"], [7, None, "file:///workspace/p/main.mjs"])
+            for path, kind in {
+                "/workspace/none.ts": NotFound,
+                "/etc/passwd": InvalidInput,
+                "out.ts": InvalidInput,
+            }.items():
+                with pytest.raises(kind):
+                    await guest.run_script(ScriptRequest(language=language, path=path, **request))  # type: ignore[arg-type]
+            with pytest.raises(InvalidInput):
+                await script(guest, "1", language=language, flags=("--inspect-brk",))
