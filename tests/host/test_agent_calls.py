@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -140,6 +142,44 @@ async def test_a_fork_bomb_ends_with_its_deadline(guest: Guest) -> None:
     assert seen.timed_out
     assert await user_processes(guest) == []
     assert (await sh(guest, "echo alive")).stdout == "alive\n"
+
+
+async def test_a_full_process_table_can_still_be_cleared(guest: Guest) -> None:
+    await sh(guest, "for i in $(seq 600); do sleep 961 & done >/dev/null 2>&1", timeout_ms=1500)
+    await sh(guest, "exec 2>/dev/null; (while :; do sleep 961 & done) & sleep 0.5; echo", timeout_ms=5000)
+    cleared = await sh(guest, "kill -9 -1", timeout_ms=60_000)
+    assert cleared.exit_code in (0, 137)
+
+    async def gone() -> bool:
+        return not await user_processes(guest)
+
+    await until(gone, 30)
+
+
+async def test_the_loss_of_a_supervisor_ends_what_it_watched(agent: RunningAgent, guest: Guest) -> None:
+    if agent.process.args[0] != "unshare":  # type: ignore[index]
+        pytest.skip("nobody outside a sandbox can kill one of its processes")
+    await sh(guest, "setsid sleep 971 >/dev/null 2>&1 & echo")
+    watch = guest.processes()
+    assert await anext(watch) == 1
+    os.kill(parent_of("sleep\0971\0"), signal.SIGKILL)
+    assert await asyncio.wait_for(anext(watch), 10) == 0
+
+    async def gone() -> bool:
+        return not await user_processes(guest)
+
+    await until(gone)
+    assert "supervisor" in agent.log()
+    (agent.directory / "log").write_text("")
+    await watch.aclose()  # type: ignore[attr-defined]
+
+
+def parent_of(cmdline: str) -> int:
+    """The parent of the process with that command line, as the host numbers them."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and (entry / "cmdline").read_text() == cmdline:
+            return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    raise AssertionError(f"no process {cmdline!r}")
 
 
 async def test_many_calls_at_once(guest: Guest) -> None:

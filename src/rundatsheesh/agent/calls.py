@@ -207,6 +207,8 @@ class Connection:
         """Answer a call, once. The lock is held."""
         if self._calls.pop(number, None) is not None:
             body = wire.encode(answer)
+            if len(body) > wire.MAX_PAYLOAD:
+                kind, body = wire.ERROR, wire.encode({"code": "internal", "message": "too long to say", "details": {}})
             self.transmit(self.session.reply(number, body) if kind == wire.REPLY else self.session.error(number, body))
 
     def _write(self, data: bytes | bytearray) -> int:

@@ -15,13 +15,18 @@ _USER_OOM_SCORE = 500  # memory exhaustion takes the user's processes, not the a
 
 def apply() -> None:
     """To this process and its descendants. Hard limits: they cannot be raised again by the user."""
-    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = files if most == resource.RLIM_INFINITY else min(files, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if preferred_by_oom_killer:
         set_oom_score(_USER_OOM_SCORE)
+
+
+def apply_processes() -> None:
+    """As `apply`, but once the process is the user's: Linux refuses execution to who became a user with too many
+    processes, and then nobody could start the program that ends them."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
 
 
 def raise_own() -> None:

@@ -60,6 +60,7 @@ def become_program(job: socket.socket) -> NoReturn:
         stage = "user"
         _place_descriptors(fds)
         os.setresuid(USER, USER, USER)  # drops every capability with it
+        limits.apply_processes()
         stage = kind
         if kind == "call":
             _call(*rest)
@@ -92,6 +93,7 @@ def _rehearse() -> None:
         (_, *rest), fds = _receive_job(theirs)
     _place_descriptors(fds)
     os.setresuid(0, 0, 0)
+    limits.apply_processes()
     try:
         _execute(*rest)
     except FileNotFoundError:

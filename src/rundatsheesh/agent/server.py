@@ -70,9 +70,15 @@ class Server:
         if name in self._at_once:
             self._at_once[name](call)
         elif name in self._handlers:
-            threading.Thread(target=self._run, args=(self._handlers[name], call, params), daemon=True).start()
+            self._start(self._handlers[name], call, params)
         else:
             call.fail("internal", f"the agent does not know the call {name!r}")
+
+    def _start(self, handler: Callable[[Call, dict[str, Any]], dict[str, Any]], call: Call, params: Any) -> None:
+        try:
+            threading.Thread(target=self._run, args=(handler, call, params), daemon=True).start()
+        except RuntimeError:  # the kernel has no room for another thread
+            call.fail("guest_overloaded", "the guest cannot start another call")
 
     def _run(self, handler: Callable[[Call, dict[str, Any]], dict[str, Any]], call: Call, params: Any) -> None:
         try:
