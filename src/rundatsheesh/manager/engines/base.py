@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rundatsheesh.manager.model import Isolation, VmRecord
 
@@ -74,8 +74,11 @@ class Machine(Protocol):
 
 class Engine(Protocol):
     name: str
-    isolation: Isolation
     capabilities: frozenset[Capability]
+    link: Literal["veth", "tap"]  # what the engine connects the guest's eth0 to, see net.Network.attach
+
+    @property
+    def isolation(self) -> Isolation: ...
 
     def available(self) -> Availability:
         """Look at the host without side effects. Never hangs."""

@@ -1,0 +1,157 @@
+"""Builds everything, and says in which order it starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+
+from rundatsheesh.manager.api import Readiness, Services, create_api
+from rundatsheesh.manager.build.image import find_image
+from rundatsheesh.manager.engines.base import Engine
+from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
+from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
+from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.model import Overview
+from rundatsheesh.manager.net import Network
+from rundatsheesh.manager.overview import collect_overview
+from rundatsheesh.manager.reconcile import Reconciler
+from rundatsheesh.manager.settings import Settings
+from rundatsheesh.manager.store import ExecLog, Store
+from rundatsheesh.manager.vms import Images, Vms
+from rundatsheesh.manager.vms_calls import VmCalls
+from rundatsheesh.manager.vms_host import VmHost
+from rundatsheesh.manager.vms_layout import Layout, load_node, sole_manager
+
+log = logging.getLogger(__name__)
+
+AGENT = Path(__file__).parent.parent / "agent"
+DRAIN_SECONDS = 5  # calls that are open at SIGTERM may take this long to end
+
+
+def engines(settings: Settings) -> Mapping[str, Engine]:
+    """Every engine that this version has; whether the host can run them is theirs to say."""
+
+    def image_root(image_id: str) -> Path:
+        return settings.image_cache / "images" / image_id / "root"
+
+    gvisor = GVisor(GVisorConfig(settings.image_cache, image_root, AGENT, settings.gvisor_platform))
+    qemu = Qemu(QemuConfig(image_root, AGENT))
+    return {gvisor.name: gvisor, qemu.name: qemu}
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises HostError for what keeps the server from starting. VMs that exist when it
+    ends run on, and the next server adopts them."""
+    _configure_logging(settings.log_level)
+    with _listening(settings) as listener:
+        async with running(settings) as services:
+            address = listener.getsockname()
+            print(f"serving on http://{_shown_host(address[0])}:{address[1]}", flush=True)  # noqa: T201
+            await _serve_http(services, listener)
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Services]:
+    """The manager without HTTP: everything started and recovered; let go in reverse order at the end."""
+    async with AsyncExitStack() as stack:
+        layout = Layout(settings.storage_root, settings.runtime_dir)
+        settings.storage_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stack.enter_context(sole_manager(settings.storage_root))
+        layout.prepare()
+        node = await asyncio.to_thread(load_node, settings.storage_root)
+        store = await Store.open(settings.effective_database_url)
+        stack.push_async_callback(store.close)
+        calls = await stack.enter_async_context(ExecLog(store.history))
+        network = Network(node.block, dns_server=settings.dns_server_ip)
+        await network.open()
+        stack.push_async_callback(network.close)
+        host = VmHost(node, layout, network, engines(settings))
+        vms = Vms(settings, store, host, _images(settings))
+        stack.push_async_callback(vms.let_go)
+        reconciler = Reconciler(store, host, vms)
+        await reconciler.recover()
+        timer = asyncio.create_task(reconciler.run(), name="reconcile")
+        stack.push_async_callback(_cancelled, timer)
+        yield Services(
+            settings=settings,
+            vms=VmCalls(settings, vms, host, calls, vms),
+            credentials=store.credentials,
+            history=store.history,
+            overview=lambda: _overview(settings, store),
+            readiness=lambda: _readiness(settings, host),
+        )
+
+
+async def _serve_http(services: Services, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        create_api(services),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    await server.serve(sockets=[listener])
+
+
+def _listening(settings: Settings) -> socket.socket:
+    """Bound before anything else is touched: a port that is taken costs nothing."""
+    try:
+        (family, kind, _, _, address) = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # The protocol is named so that the event loop recognises TCP and turns Nagle's algorithm off.
+        listener = socket.socket(family, kind, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        hint = "set HOST and PORT to an address that is free"
+        raise HostError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", hint=hint) from error
+    return listener
+
+
+def _images(settings: Settings) -> Images:
+    def default() -> str | None:
+        image = find_image(settings.image_cache)
+        return image.id if image else None
+
+    return Images(default, lambda image_id: find_image(settings.image_cache, image_id) is not None)
+
+
+async def _overview(settings: Settings, store: Store) -> Overview:
+    records = await store.list()
+    return await collect_overview(records, storage_root=settings.storage_root, max_vms=settings.max_vms)
+
+
+def _readiness(settings: Settings, host: VmHost) -> Readiness:
+    if find_image(settings.image_cache) is None:
+        return Readiness(False, "the guest image is missing: run `rds setup`")
+    if not any(engine.available().usable for engine in host.engines.values()):
+        return Readiness(False, "no engine can run on this host: see `rds doctor`")
+    return Readiness(True)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def _shown_host(host: str) -> str:
+    name = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
+    return f"[{name}]" if ":" in name else name

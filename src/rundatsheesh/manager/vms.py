@@ -1,0 +1,293 @@
+"""The lifecycle of VMs. Record first, act second, one release.
+
+The record and its slot exist before the first side effect, and everything on the host is named from them; so whatever
+is cut short, `VmHost.release` can undo it from any state, now or after a restart. Operations on one VM run one after
+the other; calls into it run beside each other and beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rundatsheesh.manager.engines.base import Engine
+from rundatsheesh.manager.errors import Conflict, Forbidden, NotFound, RdsError
+from rundatsheesh.manager.model import (
+    Caller,
+    CreateVm,
+    EgressPolicy,
+    ProvisionMode,
+    State,
+    VmRecord,
+    VmSpec,
+    now,
+)
+from rundatsheesh.manager.settings import Settings
+from rundatsheesh.manager.store import Store
+from rundatsheesh.manager.store.store import wrong_state
+from rundatsheesh.manager.vms_host import VmHost
+from rundatsheesh.manager.vms_locks import KeyedLocks
+from rundatsheesh.manager.vms_running import RunningVm
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_GRACE = 10.0  # seconds for a guest to end its processes and flush its disk
+MANAGER = Caller(request_id="-", who="manager")
+STARTABLE = frozenset({State.STOPPED, State.ERROR})
+# From every state that a caller can see; one that is being deleted is gone already.
+DELETABLE = frozenset(State) - {State.DELETING}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Which guest images there are."""
+
+    default: Callable[[], str | None]  # id of this version's image; None where it was not built
+    exists: Callable[[str], bool]
+
+
+class Vms:
+    def __init__(self, settings: Settings, store: Store, host: VmHost, images: Images) -> None:
+        self._settings = settings
+        self._store = store
+        self._host = host
+        self._images = images
+        self._running: dict[str, RunningVm] = {}
+        self._locks = KeyedLocks()
+        self._boots = asyncio.Semaphore(settings.max_concurrent_boots)  # first come, first served
+        self._unfinished: set[asyncio.Task[Any]] = set()
+
+    # --- looking ---
+
+    async def get(self, vm_id: str) -> VmRecord:
+        """Raises NotFound (`vm_not_found`)."""
+        return await self._store.get(vm_id)
+
+    async def list(self, *, state: State | None, labels: Mapping[str, str]) -> list[VmRecord]:
+        """Oldest first."""
+        return await self._store.list(state=state, labels=labels)
+
+    def running(self, vm_id: str) -> RunningVm | None:
+        return self._running.get(vm_id)
+
+    async def find_running(self, vm_id: str) -> RunningVm:
+        """Raises NotFound, or Conflict that says in which state the VM is and why."""
+        vm = self._running.get(vm_id)
+        if vm is not None and not vm.has_ended:
+            return vm
+        record = await self._store.get(vm_id)
+        if record.state is State.RUNNING:  # it ends at this moment; the record follows
+            raise Conflict(f"VM {vm_id} is ending", details={"state": record.state.value})
+        error = wrong_state(vm_id, record.state, {State.RUNNING})
+        if record.reason is not None:
+            error.message += f" (it ended: {record.reason})"
+            error.details["reason"] = record.reason
+        raise error
+
+    # --- life ---
+
+    async def create(self, request: CreateVm, caller: Caller) -> VmRecord:
+        """A VM whose agent has answered. When it raises or is cancelled, nothing of it is left."""
+        spec, engine = self.plan(request)
+        record = await self.reserve(spec, engine, caller)
+        try:
+            return await self.bring_up(record)
+        except BaseException:
+            await self._to_its_end(self.discard(record))
+            raise
+
+    def plan(self, request: CreateVm) -> tuple[VmSpec, Engine]:
+        """What the caller asked for, made concrete. Raises InvalidInput, NotFound, Forbidden or Unavailable."""
+        wanted = request.engine or (None if self._settings.engine == "auto" else self._settings.engine)
+        engine = self._host.choose_engine(wanted)
+        if request.snapshot_id is not None:
+            raise NotFound(f"no snapshot {request.snapshot_id[:64]!r}", code="snapshot_not_found")
+        spec = VmSpec(
+            cpu=request.cpu,
+            mem_mb=request.mem_mb,
+            disk_mb=request.disk_mb or self._settings.default_disk_mb,
+            policy=EgressPolicy(request.outbound, request.allow_ips, request.allow_domains),
+            engine=engine.name,
+            image_id=self._image(request.image_id),
+            name=request.name,
+            labels=dict(request.labels),
+        )
+        if spec.disk_mb > self._settings.max_disk_mb:
+            raise Forbidden(f"diskSizeMb is at most {self._settings.max_disk_mb} (MAX_DISK_MB)", code="disk_too_large")
+        return spec, engine
+
+    async def reserve(self, spec: VmSpec, engine: Engine, caller: Caller) -> VmRecord:
+        return await self._store.reserve(
+            spec,
+            node_id=self._host.node.id,
+            block=self._host.node.block,
+            isolation=engine.isolation,
+            provision_mode=ProvisionMode.BOOT,
+            max_vms=self._settings.max_vms,
+            caller=caller,
+        )
+
+    async def bring_up(self, record: VmRecord) -> VmRecord:
+        """From CREATING to RUNNING."""
+        async with self._locks.hold(record.id):
+            await self._host.make_disk(record)
+            return await self._boot(record, State.CREATING)
+
+    async def start(self, vm_id: str, caller: Caller) -> None:
+        """From STOPPED or ERROR to RUNNING, with the same files. A failure ends in ERROR with its reason."""
+        await self._to_its_end(self._start(vm_id, caller))
+
+    async def _start(self, vm_id: str, caller: Caller) -> None:
+        async with self._locks.hold(vm_id):
+            record = await self._store.move(vm_id, STARTABLE, State.STARTING, reason=None)
+            try:
+                await self._boot(record, State.STARTING)
+            except BaseException:
+                await self._store.move(vm_id, {State.STARTING}, State.ERROR, reason="start_failed")
+                raise
+            await self._store.history.record_activity("vm.start", caller=caller, vm_id=vm_id)
+
+    async def stop(self, vm_id: str, caller: Caller) -> None:
+        """From RUNNING to STOPPED: processes end, files stay."""
+        await self._to_its_end(self._stop(vm_id, caller))
+
+    async def _stop(self, vm_id: str, caller: Caller) -> None:
+        async with self._locks.hold(vm_id):
+            record = await self._store.move(vm_id, {State.RUNNING}, State.STOPPING)
+            vm = self._running.pop(vm_id, None)
+            if vm is not None:
+                await vm.shut_down(SHUTDOWN_GRACE)
+            await self._host.take_down(record)
+            await self._store.move(vm_id, {State.STOPPING}, State.STOPPED, reason=None)
+            await self._store.history.record_activity("vm.stop", caller=caller, vm_id=vm_id)
+
+    async def destroy(self, vm_id: str, caller: Caller) -> None:
+        """Returns once process, network, mounts and files are gone. Calls that are open are told so."""
+        await self._to_its_end(self._destroy(vm_id, caller))
+
+    async def _destroy(self, vm_id: str, caller: Caller) -> None:
+        async with self._locks.hold(vm_id):
+            record = await self._store.move(vm_id, DELETABLE, State.DELETING)
+            await self._release(record, "destroyed")
+        await self._store.history.record_activity("vm.destroy", caller=caller, vm_id=vm_id, reason=record.reason)
+
+    async def discard(self, record: VmRecord) -> None:
+        """Release a VM that nobody was ever given. A failure leaves a record in DELETING for the reconciler."""
+        try:
+            async with self._locks.hold(record.id):
+                await self._store.move(record.id, DELETABLE, State.DELETING)
+                await self._release(record, "discarded")
+        except RdsError:
+            log.exception("%s could not be released; the reconciler will try again", record.id)
+
+    async def _release(self, record: VmRecord, verdict: str) -> None:
+        vm = self._running.pop(record.id, None)
+        if vm is not None:
+            await vm.end(verdict)
+        await self._host.release(record)
+        await self._store.delete(record.id)
+
+    async def _boot(self, record: VmRecord, state: State) -> VmRecord:
+        async with self._boots:
+            vm = await self._host.boot(record, self._ended)
+        try:
+            moved = await self._store.move(
+                record.id, {state}, State.RUNNING, boot_id=vm.guest.hello.boot_id, started_at=now(), reason=None
+            )
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(self._abandon(vm)))
+            raise
+        vm.record = moved
+        self._running[record.id] = vm
+        return moved
+
+    async def _abandon(self, vm: RunningVm) -> None:
+        await vm.end("abandoned")
+        await self._host.take_down(vm.record)
+
+    async def _ended(self, vm: RunningVm, reason: str) -> None:
+        """The guest ended by itself, or had to be ended."""
+        await self._to_its_end(self._bury(vm, reason))
+
+    async def _bury(self, vm: RunningVm, reason: str) -> None:
+        async with self._locks.hold(vm.record.id):
+            await vm.detach()
+            if self._running.get(vm.record.id) is not vm:
+                return  # stopped, deleted or restarted meanwhile
+            del self._running[vm.record.id]
+            await self._host.take_down(vm.record)
+            await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
+            await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=vm.record.id, reason=reason)
+
+    # --- for the reconciler ---
+
+    async def recover(self, record: VmRecord) -> None:
+        """After a restart of the manager: adopt the VM, or bring it to the state that its record leads to."""
+        async with self._locks.hold(record.id):
+            if record.state is State.RUNNING:
+                await self._adopt(record)
+            elif record.state in (State.CREATING, State.DELETING):
+                await self._store.move(record.id, {record.state}, State.DELETING)
+                await self._release(record, "interrupted")
+            elif record.state in (State.STARTING, State.STOPPING):
+                await self._host.take_down(record)
+                await self._store.move(record.id, {record.state}, State.STOPPED, reason="interrupted")
+            else:
+                await self._host.take_down(record)
+
+    async def _adopt(self, record: VmRecord) -> None:
+        try:
+            vm = await self._host.adopt(record, self._ended)
+        except RdsError as error:
+            log.warning("%s cannot be adopted: %s", record.id, error)
+            vm = None
+        if vm is not None:
+            self._running[record.id] = vm
+            return
+        await self._host.take_down(record)
+        await self._store.move(record.id, {State.RUNNING}, State.ERROR, reason="ended_unattended")
+        await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=record.id, reason="ended_unattended")
+
+    async def retry_release(self, record: VmRecord) -> None:
+        """Release once more what could not be released; does nothing while the VM is being worked on."""
+        if record.state is State.DELETING and not self._locks.is_held(record.id):
+            async with self._locks.hold(record.id):
+                await self._release(record, "destroyed")
+
+    async def let_go(self) -> None:
+        """At shutdown: finish what is under way, then leave the guests running for the next manager."""
+        while self._unfinished:
+            await asyncio.gather(*self._unfinished, return_exceptions=True)
+        vms, self._running = list(self._running.values()), {}
+        await asyncio.gather(*(vm.detach() for vm in vms))
+
+    # --- helpers ---
+
+    def _image(self, wanted: str | None) -> str:
+        default = self._images.default()
+        if wanted in (None, "default"):
+            if default is None:
+                raise NotFound("no guest image on this host", code="image_not_found", hint="run `rds setup`")
+            return default
+        if not self._images.exists(str(wanted)):
+            raise NotFound(f"no image {str(wanted)[:64]!r}", code="image_not_found")
+        return str(wanted)
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run it to its end even when the caller goes away: half an operation is nobody's wish."""
+        task = asyncio.ensure_future(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        task.add_done_callback(_note_failure)
+        return await asyncio.shield(task)
+
+
+def _note_failure(task: asyncio.Task[Any]) -> None:
+    """Whoever waited has the exception; this keeps it known where nobody did any more."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("an operation failed: %r", error)

@@ -1,0 +1,134 @@
+"""What one VM has on this host, put up and taken down: disk, network, machine, channel. The steps of a VM's life."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rundatsheesh.manager.disk import workspace
+from rundatsheesh.manager.engines.base import Engine, VmFiles
+from rundatsheesh.manager.errors import HostError, InvalidInput, Unavailable
+from rundatsheesh.manager.guest import Identity
+from rundatsheesh.manager.model import GATEWAY, Isolation, VmRecord
+from rundatsheesh.manager.net import Network
+from rundatsheesh.manager.vms_layout import Layout, Node
+from rundatsheesh.manager.vms_running import ADOPT_TIMEOUT, CONNECT_TIMEOUT, OnEnd, RunningVm
+
+
+@dataclass(frozen=True, slots=True)
+class VmHost:
+    """The host as VMs need it. Every step is idempotent, and derived from the record alone."""
+
+    node: Node
+    layout: Layout
+    network: Network
+    engines: Mapping[str, Engine]
+
+    def files(self, record: VmRecord) -> VmFiles:
+        return self.layout.files(self.node.id, record.id)
+
+    def engine_of(self, record: VmRecord) -> Engine:
+        engine = self.engines.get(record.spec.engine)
+        if engine is None:
+            raise HostError(f"{record.id} was made by an engine that this version lacks: {record.spec.engine}")
+        return engine
+
+    def choose_engine(self, wanted: str | None) -> Engine:
+        """The named engine, or the strongest that this host can run at speed: hardware VMs, then the application
+        kernel, then emulated VMs. Raises InvalidInput with a hint, or Unavailable where none can run."""
+        if wanted is not None:
+            return self._named(wanted)
+        for engine in sorted(self.engines.values(), key=lambda e: _PREFERENCE[e.isolation]):
+            if engine.available().usable:
+                return engine
+        raise Unavailable("no engine can run on this host", hint="`rds doctor` says what each of them needs")
+
+    def _named(self, wanted: str) -> Engine:
+        engine = self.engines.get(wanted)
+        if engine is None:
+            known = ", ".join(sorted(self.engines))
+            raise InvalidInput(f"no engine {wanted!r}", code="engine_unknown", hint=f"there are: {known}, auto")
+        availability = engine.available()
+        if not availability.usable:
+            hint = availability.hint or "`rds doctor` says more"
+            raise InvalidInput(
+                f"this host cannot run {wanted}: {availability.fact}", code="engine_unavailable", hint=hint
+            )
+        return engine
+
+    async def make_disk(self, record: VmRecord) -> None:
+        files = self.files(record)
+        await asyncio.to_thread(files.directory.mkdir, mode=0o700, parents=True, exist_ok=True)
+        await workspace.create(files.disk, record.spec.disk_mb)
+
+    async def boot(self, record: VmRecord, on_end: OnEnd) -> RunningVm:
+        """Network, machine, agent, identity: returns when the guest answers as itself. On failure the machine and the
+        network are gone again."""
+        engine = self.engine_of(record)
+        try:
+            await self.network.attach(record.slot, record.spec.policy, kind=engine.link)
+            machine = await engine.start(record, self.files(record))
+            running = await RunningVm.open(record, engine, machine, on_end, CONNECT_TIMEOUT)
+            try:
+                await running.guest.configure(_identity(record))
+            except BaseException:
+                await running.detach()
+                raise
+        except BaseException:
+            await asyncio.shield(self.take_down(record))
+            raise
+        return running
+
+    async def adopt(self, record: VmRecord, on_end: OnEnd) -> RunningVm | None:
+        """Take over a guest that an earlier manager left running; None where it no longer runs."""
+        engine = self.engine_of(record)
+        machine = await engine.adopt(record, self.files(record))
+        if machine is None:
+            return None
+        await self.network.adopt(record.slot, record.spec.policy)
+        running = await RunningVm.open(record, engine, machine, on_end, ADOPT_TIMEOUT)
+        if running.guest.hello.boot_id != record.boot_id:
+            await running.end("replaced")
+            return None
+        return running
+
+    async def take_down(self, record: VmRecord) -> None:
+        """No process and no network of the VM is left; its disk and logs stay."""
+        await self.engine_of(record).release(record, self.files(record))
+        await self.network.detach(record.slot)
+
+    async def release(self, record: VmRecord) -> None:
+        """Nothing of the VM is left on this host."""
+        await self.take_down(record)
+        files = self.files(record)
+        await asyncio.to_thread(_remove_tree, files.directory)
+        await asyncio.to_thread(_remove_tree, files.runtime)
+
+
+# Emulation is the strongest wall after hardware, but 10 to 30 times slower than the application kernel.
+_PREFERENCE = {Isolation.HARDWARE_VM: 0, Isolation.APPLICATION_KERNEL: 1, Isolation.EMULATED_VM: 2}
+
+
+def _identity(record: VmRecord) -> Identity:
+    """A new boot id each time; the machine id stays the VM's."""
+    return Identity(
+        hostname=record.id,
+        guest_ip=str(record.slot.guest_ip),
+        mac=record.slot.guest_mac,
+        gateway=str(GATEWAY),
+        machine_id=uuid.uuid5(uuid.NAMESPACE_OID, record.id).hex,
+        entropy=secrets.token_bytes(64),
+        boot_id=uuid.uuid4().hex,
+    )
+
+
+def _remove_tree(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,223 @@
+"""A VM that runs: its machine, the channel to its agent, and when it may be frozen.
+
+Frozen means: no call is open, and by the agent's word no process of the user lives. Such a guest has nothing to do, so
+stopping its CPUs changes nothing that anybody could see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from rundatsheesh.manager.engines.base import Capability, Engine, Exit, Machine
+from rundatsheesh.manager.errors import (
+    EngineError,
+    GuestDied,
+    GuestError,
+    GuestMisbehaved,
+    GuestUnresponsive,
+    RdsError,
+)
+from rundatsheesh.manager.guest import Guest, GuestGone
+from rundatsheesh.manager.model import VmRecord
+
+log = logging.getLogger(__name__)
+
+FREEZE_AFTER = 0.25  # seconds without a call; a thaw costs a call 1.4 ms, so calls in a row should not pay it
+CONNECT_TIMEOUT = 60.0  # for the agent's greeting; 0.1 s on an idle host, and many guests may boot at once
+ADOPT_TIMEOUT = 5.0  # for a guest that has been running
+END_TIMEOUT = 5.0  # for a machine to end after its channel did
+PING_TIMEOUT = 5.0
+KILL_GRACE = 0.0
+
+OnEnd = Callable[["RunningVm", str], Awaitable[None]]  # the VM and the reason
+
+
+class RunningVm:
+    """Make it with `open`. `on_end` is called once if the guest ends without having been asked to."""
+
+    def __init__(self, record: VmRecord, engine: Engine, machine: Machine, guest: Guest, on_end: OnEnd) -> None:
+        self.record = record
+        self.engine = engine
+        self._machine = machine
+        self._guest = guest
+        self._on_end = on_end
+        self._calls = 0
+        self._processes: int | None = None  # None until the agent has told
+        self._frozen = False
+        self._temperature = asyncio.Lock()
+        self._freeze_timer: asyncio.TimerHandle | None = None
+        self._verdict: str | None = None  # why we ended it, where we did
+        self._expected = False
+        self._exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._tasks = {asyncio.create_task(work) for work in (self._watch_machine(), self._watch_processes())}
+
+    @classmethod
+    async def open(cls, record: VmRecord, engine: Engine, machine: Machine, on_end: OnEnd, timeout: float) -> RunningVm:  # noqa: ASYNC109
+        """Connect to the agent. Raises EngineError, GuestUnresponsive or GuestMisbehaved; the machine is then as it
+        was."""
+        guest = await Guest.connect(await machine.connect(), timeout=timeout)
+        return cls(record, engine, machine, guest, on_end)
+
+    @property
+    def guest(self) -> Guest:
+        """For whoever knows the guest to be awake; calls use `call`."""
+        return self._guest
+
+    @property
+    def has_ended(self) -> bool:
+        return self._exit.done()
+
+    @asynccontextmanager
+    async def call(self) -> AsyncIterator[Guest]:
+        """The guest, awake for as long as this is held. Raises GuestDied, with the output so far, where the VM dies."""
+        self._calls += 1
+        self._hold_freeze()
+        try:
+            async with self._temperature:
+                if self._frozen:
+                    await self._machine.thaw()
+                    self._frozen = False
+            yield self._guest
+        except (GuestGone, GuestMisbehaved) as gone:
+            raise await self._died(gone) from gone
+        except GuestUnresponsive:
+            await self._check_pulse()
+            raise
+        finally:
+            self._calls -= 1
+            self._plan_freeze()
+
+    async def end(self, verdict: str, grace: float = KILL_GRACE) -> None:
+        """End the guest because we want it; `verdict` is the reason that its open calls are told."""
+        self._expected = True
+        self._verdict = verdict
+        await self._machine.stop(grace)
+        await self.detach()
+
+    async def shut_down(self, grace: float) -> None:
+        """End the guest in good order: its processes are asked, its disk is flushed."""
+        self._expected = True
+        self._verdict = "stopped"
+        async with self._temperature:
+            self._hold_freeze()
+            if self._frozen:
+                await self._machine.thaw()
+                self._frozen = False
+            try:
+                async with asyncio.timeout(grace):
+                    await self._guest.shutdown()
+            except (TimeoutError, GuestError) as error:
+                log.warning("%s does not shut down by itself: %s", self.record.id, error)
+        await self._machine.stop(grace)
+        await self.detach()
+
+    async def detach(self) -> None:
+        """Let go of the guest without ending it: it runs on, awake, for the next manager. Idempotent."""
+        self._expected = True
+        self._hold_freeze()
+        current = asyncio.current_task()
+        tasks = [task for task in self._tasks if task is not current]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._guest.close()
+        if not self._exit.done():
+            self._exit.set_result(self._verdict or "detached")
+
+    async def _watch_machine(self) -> None:
+        """Notice the first end, of the machine or of its channel, and tell."""
+        machine = asyncio.ensure_future(self._machine.wait())
+        channel = asyncio.ensure_future(self._guest.wait_closed())
+        try:
+            await asyncio.wait({machine, channel}, return_when=asyncio.FIRST_COMPLETED)
+            if not machine.done():
+                await asyncio.wait({machine}, timeout=END_TIMEOUT)
+            if not machine.done() and not self._expected:
+                self._verdict = self._verdict or _channel_verdict(channel.result())
+                log.warning("%s: the channel ended (%s); ending the VM", self.record.id, channel.result())
+                await self._machine.stop(KILL_GRACE)
+            ended = await machine
+        finally:
+            machine.cancel()
+            channel.cancel()
+        await self._conclude(ended)
+
+    async def _conclude(self, ended: Exit) -> None:
+        reason = self._verdict or ended.reason
+        if not self._exit.done():
+            self._exit.set_result(reason)
+        if not self._expected:
+            log.warning("%s ended: %s (%s)", self.record.id, reason, ended.evidence[-500:] or ended.status)
+            await self._on_end(self, reason)
+
+    async def _watch_processes(self) -> None:
+        if Capability.FREEZE not in self.engine.capabilities:
+            return
+        try:
+            async for number in self._guest.processes():
+                self._processes = number
+                self._plan_freeze()
+        except RdsError as error:
+            # The channel's end is noticed by the other watch; anything else leaves the guest awake, which is safe.
+            self._processes = None
+            log.debug("%s: its processes are no longer known: %s", self.record.id, error)
+
+    def _hold_freeze(self) -> None:
+        if self._freeze_timer is not None:
+            self._freeze_timer.cancel()
+            self._freeze_timer = None
+
+    def _plan_freeze(self) -> None:
+        self._hold_freeze()
+        if self._idle:
+            loop = asyncio.get_running_loop()
+            self._freeze_timer = loop.call_later(FREEZE_AFTER, self._start_freeze)
+
+    @property
+    def _idle(self) -> bool:
+        return self._calls == 0 and self._processes == 0 and not self._frozen and not self._expected
+
+    def _start_freeze(self) -> None:
+        task = asyncio.create_task(self._freeze())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _freeze(self) -> None:
+        async with self._temperature:
+            if not self._idle or self._exit.done():
+                return
+            try:
+                await self._machine.freeze()
+                self._frozen = True
+            except EngineError as error:
+                log.warning("%s cannot be frozen: %s", self.record.id, error)
+
+    async def _died(self, gone: GuestGone | GuestMisbehaved) -> GuestDied:
+        try:
+            async with asyncio.timeout(2 * END_TIMEOUT):
+                reason = await asyncio.shield(self._exit)
+        except TimeoutError:
+            reason = "agent_failed"
+        details: dict[str, object] = {"reason": reason}
+        if isinstance(gone, GuestGone) and gone.partial is not None:
+            details |= {"stdout": gone.partial.stdout, "stderr": gone.partial.stderr}
+        return GuestDied(f"the VM ended during the call: {reason}", details=details)
+
+    async def _check_pulse(self) -> None:
+        """After a call without an answer: an agent that answers nothing else either has to go, and its VM with it."""
+        try:
+            await self._guest.ping(PING_TIMEOUT)
+        except GuestUnresponsive:
+            self._verdict = "agent_unresponsive"
+            await self._guest.close()
+        except GuestError as error:
+            log.info("%s: %s", self.record.id, error)
+
+
+def _channel_verdict(error: RdsError | None) -> str:
+    """The reason of a VM that we end because of its channel."""
+    reasons = {GuestMisbehaved.code: "guest_misbehaved", GuestUnresponsive.code: "agent_unresponsive"}
+    return reasons.get(error.code if error is not None else "", "agent_failed")
