@@ -11,7 +11,10 @@ command -v sudo >/dev/null || {
 sudo -v
 sudo -E -- "$@" <&0 &
 child=$!
-trap 'sudo -n kill -TERM "$child"' TERM INT HUP
+relay() {
+    sudo -n sh -c 'kill -TERM "$1"' sh "$child" || echo "cannot signal process $child: end it with sudo kill" >&2
+}
+trap relay TERM INT HUP
 status=0
 wait "$child" || status=$?
 while [ "$status" -gt 128 ] && [ -d "/proc/$child" ]; do
