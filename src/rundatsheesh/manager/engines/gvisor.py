@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines import gvisor_channel, gvisor_files
@@ -68,6 +69,7 @@ class GVisor:
     name: str = field(default="gvisor", init=False)
     isolation: Isolation = field(default=Isolation.APPLICATION_KERNEL, init=False)
     capabilities: frozenset[Capability] = field(default=frozenset({Capability.FREEZE}), init=False)
+    link: Literal["veth", "tap"] = field(default="veth", init=False)
     _layout: Layout | None = field(default=None, init=False)
     _versions: dict[tuple[Path, int], tuple[int, int]] = field(default_factory=dict, init=False)
 
@@ -105,6 +107,10 @@ class GVisor:
         await asyncio.to_thread(gvisor_files.remove, files)
         await workspace.unmount(files.workspace)
         await asyncio.to_thread(cgroup.remove)
+
+    def trim_logs(self, files: VmFiles) -> None:
+        """Make room in the logs of a running guest, which are bounded anyway, so that they go on with what is new."""
+        gvisor_files.trim_logs(files)
 
     async def _start(self, record: VmRecord, files: VmFiles) -> GVisorMachine:
         cgroup = self._cgroup(record)

@@ -17,12 +17,11 @@ tmpfs, so the kernel bounds them whether a manager runs or not; a guest that fil
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rundatsheesh.manager.engines import oci
+from rundatsheesh.manager.engines import logs, oci
 from rundatsheesh.manager.engines.base import VmFiles
 from rundatsheesh.manager.host import mounts
 from rundatsheesh.manager.host.mounts import Bind, Flag
@@ -30,9 +29,6 @@ from rundatsheesh.manager.host.process import ProcessRef
 from rundatsheesh.manager.model import VmRecord
 
 TMPFS_OPTIONS = "size=2m,nr_inodes=256,mode=0700"
-LOG_KEEP_BYTES = 256 << 10  # of each log, after the guest has ended
-LOG_TRIM_BYTES = 512 << 10  # of a log of a running guest that has this many, the last LOG_KEEP_BYTES stay
-_COPY_BUFFER = 64 << 10
 
 SOURCES = oci.Sources(
     image="/image",
@@ -82,7 +78,6 @@ class SandboxFiles:
 
 def prepare(record: VmRecord, files: VmFiles, cgroup: str) -> None:
     """Mount the runtime directory and fill it with all that runsc needs to start. Raises OSError."""
-    sandbox = SandboxFiles(files.runtime)
     files.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
     mounts.mount("rundatsheesh", files.runtime, "tmpfs", Flag.NOSUID | Flag.NODEV | Flag.NOEXEC, TMPFS_OPTIONS)
     for name in ("bundle", "etc", "state", "channel"):
@@ -92,9 +87,9 @@ def prepare(record: VmRecord, files: VmFiles, cgroup: str) -> None:
     for name, text in oci.identity_files(record.id, record.slot.guest_ip).items():
         (files.runtime / "etc" / name).write_text(text)
         (files.runtime / "etc" / name).chmod(0o644)
-    _make_root(sandbox.root)
-    for kept, live in ((files.console_log, sandbox.console), (files.engine_log, sandbox.engine)):
-        _open_log(kept, live)
+    _make_root(SandboxFiles(files.runtime).root)
+    for kept, live in _logs(files):
+        logs.open_log(kept, live)
 
 
 def private_tree(
@@ -125,9 +120,8 @@ def private_tree(
 def remove(files: VmFiles) -> None:
     """Keep the logs, then remove the runtime directory with all that is in it. Idempotent; the sandbox's processes must
     be gone."""
-    sandbox = SandboxFiles(files.runtime)
-    for kept, live in ((files.console_log, sandbox.console), (files.engine_log, sandbox.engine)):
-        _settle_log(kept, live)
+    for kept, live in _logs(files):
+        logs.settle_log(kept, live)
     while mounts.unmount(files.runtime):
         continue
     if files.runtime.is_dir():
@@ -135,27 +129,9 @@ def remove(files: VmFiles) -> None:
 
 
 def trim_logs(files: VmFiles) -> None:
-    """Make room in the logs of a running guest, so that they go on with what is new. Only a convenience: they are
-    bounded anyway."""
-    sandbox = SandboxFiles(files.runtime)
-    for log in (sandbox.console, sandbox.engine):
-        if log.exists() and log.stat().st_size > LOG_TRIM_BYTES:
-            tail = read_tail(log, LOG_KEEP_BYTES)
-            # Writers append, so they go on at the new end.
-            with open(log, "r+b") as file:
-                file.truncate(0)
-            with open(log, "ab") as file:
-                file.write(tail)
-
-
-def read_tail(path: Path, size: int) -> bytes:
-    """The last bytes of a file; empty when there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-min(size, os.fstat(file.fileno()).st_size), os.SEEK_END)
-            return file.read(size)
-    except FileNotFoundError:
-        return b""
+    """Make room in the logs of a running guest. Only a convenience: they are bounded anyway."""
+    for _, live in _logs(files):
+        logs.trim_log(live)
 
 
 def write_processes(files: VmFiles, processes: list[ProcessRef]) -> None:
@@ -175,30 +151,15 @@ def read_processes(files: VmFiles) -> list[ProcessRef]:
     return [ProcessRef(pid, start_time) for pid, start_time in noted]
 
 
+def _logs(files: VmFiles) -> list[tuple[Path, Path]]:
+    """Each log where it is looked for, and where it is written while the guest runs."""
+    sandbox = SandboxFiles(files.runtime)
+    return [(files.console_log, sandbox.console), (files.engine_log, sandbox.engine)]
+
+
 def _make_root(root: Path) -> None:
     for name in ("proc", "sys/fs/cgroup", "dev", "bin", "tmp", "image", "opt-rds/agent", "workspace", "vm"):
         (root / name).mkdir(parents=True)
     (root / "opt-rds").chmod(0o700)
     for name in ("dev/null", "bin/runsc", "netns"):
         (root / name).touch()
-
-
-def _open_log(kept: Path, live: Path) -> None:
-    """Let the log of this run begin with the tail of the earlier ones, and be found where logs are looked for."""
-    live.write_bytes(read_tail(kept, _COPY_BUFFER))
-    new = kept.with_name(kept.name + ".new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(live)
-    new.replace(kept)
-
-
-def _settle_log(kept: Path, live: Path) -> None:
-    """Replace the link by the log itself, where there is one."""
-    if not kept.is_symlink():
-        return
-    if not kept.parent.is_dir():
-        return
-    new = kept.with_name(kept.name + ".new")
-    new.unlink(missing_ok=True)
-    new.write_bytes(read_tail(live, LOG_KEEP_BYTES))
-    new.replace(kept)

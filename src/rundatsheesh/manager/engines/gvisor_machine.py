@@ -7,9 +7,10 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from rundatsheesh.manager.engines import gvisor_channel, gvisor_files
+from rundatsheesh.manager.engines import gvisor_channel
 from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
 from rundatsheesh.manager.engines.gvisor_files import SandboxFiles
+from rundatsheesh.manager.engines.logs import read_tail
 from rundatsheesh.manager.errors import EngineError
 from rundatsheesh.manager.host.cgroups import Cgroup
 from rundatsheesh.manager.host.process import Child, ProcessRef
@@ -70,6 +71,7 @@ class GVisorMachine:
         await gvisor_channel.first_of([self._runsc.wait()], AFTERMATH_TIMEOUT)
         crashed = self._runsc.alive()
         await asyncio.to_thread(self._cgroup.kill)
+        await asyncio.gather(*(process.wait() for process in self._processes))
         status = await self._child.wait() if self._child is not None else None
         return Exit(self._reason(status, crashed), status, evidence(self._files))
 
@@ -90,7 +92,7 @@ def find_processes(runsc: ProcessRef, cgroup: Cgroup) -> list[ProcessRef]:
 
 def evidence(files: VmFiles) -> str:
     """The end of both logs."""
-    logs = [gvisor_files.read_tail(path, EVIDENCE_BYTES // 2) for path in (files.engine_log, files.console_log)]
+    logs = [read_tail(path, EVIDENCE_BYTES // 2) for path in (files.engine_log, files.console_log)]
     return b"\n".join(log.strip() for log in logs if log.strip()).decode(errors="replace")
 
 

@@ -19,7 +19,6 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # (KILL), to write the user's files and hand them over (DAC_OVERRIDE, CHOWN). The user's processes get none of these.
 AGENT_CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID")
 AGENT_FILES = 65_536  # descriptors of the agent; it bounds those of its children itself
-OOM_SCORE = 500  # when the host itself runs out of memory, guests go before the manager
 
 # Shares of the guest's memory that temporary files may take: together less than all of it.
 TMP_SHARE = {"/tmp": 2, "/var/tmp": 8, "/dev/shm": 8}
@@ -84,7 +83,6 @@ def _agent_process() -> dict[str, Any]:
         "noNewPrivileges": True,
         "capabilities": {kind: list(AGENT_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": AGENT_FILES, "hard": AGENT_FILES}],
-        "oomScoreAdj": OOM_SCORE,
     }
 
 
@@ -98,7 +96,10 @@ def _system_mounts(mem_mb: int) -> list[dict[str, Any]]:
         }
         for path, share in TMP_SHARE.items()
     ]
-    return [{"destination": "/proc", "type": "proc", "source": "proc"}, *temporary]
+    return [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "nodev", "noexec"]},
+        *temporary,
+    ]
 
 
 def _binds(sources: Sources) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host.cgroup_layout import Layout
 
 CPU_PERIOD_US = 100_000
+OOM_SCORE = 500
 MIB = 1 << 20
 
 FREEZE_TIMEOUT = 5.0  # seconds; measured under 1 ms
@@ -99,9 +100,16 @@ class Cgroup:
 
     def entering(self, argv: Sequence[str]) -> list[str]:
         """A command line that moves itself into the group and becomes `argv`, so that no process of it ever ran
-        outside. No core dump: it would write the guest's memory to the host's disk."""
+        outside. When the host itself runs out of memory, these processes go first. They dump no core, which would write
+        a guest's memory to the host's disk."""
         moves = [f"echo $$ > {shlex.quote(str(d / 'cgroup.procs'))}" for d in self._used_directories()]
-        return ["sh", "-c", " && ".join(["ulimit -c 0", *moves, 'exec "$@"']), "sh", *argv]
+        return [
+            "sh",
+            "-c",
+            " && ".join(["ulimit -c 0", f"echo {OOM_SCORE} > /proc/self/oom_score_adj", *moves, 'exec "$@"']),
+            "sh",
+            *argv,
+        ]
 
     def set_memory(self, limit: int) -> None:
         """Limit memory to so many bytes, without swap. Raises OSError(EBUSY) when more is in use and stays so."""
@@ -164,6 +172,9 @@ class Cgroup:
                     os.close(pidfd)
             if time.monotonic() > deadline:
                 raise HostError(f"{len(self.pids())} processes of {self.path} do not die")
+        if self._v2 is not None and self._v2.is_dir():
+            # A process is not listed any more as soon as it begins to exit; it still holds files and mounts then.
+            self._wait_for_event(self._v2, "populated 0", KILL_TIMEOUT)
         self.thaw()  # or whoever enters next would stand still
 
     def remove(self) -> None:
