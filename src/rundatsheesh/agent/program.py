@@ -59,6 +59,8 @@ def become_program(job: socket.socket) -> NoReturn:
         (kind, *rest) = order
         stage = "user"
         _place_descriptors(fds)
+        if kind == "call":
+            _resolve(rest[0], rest[1])  # loaded now, for the user cannot read the agent's files
         os.setresuid(USER, USER, USER)  # drops every capability with it
         limits.apply_processes()
         stage = kind
