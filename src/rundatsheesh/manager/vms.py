@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rundatsheesh.manager.engines.base import Engine
-from rundatsheesh.manager.errors import Conflict, Forbidden, NotFound, RdsError
+from rundatsheesh.manager.errors import Forbidden, NotFound, RdsError
 from rundatsheesh.manager.model import (
     Caller,
     CreateVm,
@@ -80,9 +80,13 @@ class Vms:
         vm = self._running.get(vm_id)
         if vm is not None and not vm.has_ended:
             return vm
-        record = await self._store.get(vm_id)
-        if record.state is State.RUNNING:  # it ends at this moment; the record follows
-            raise Conflict(f"VM {vm_id} is ending", details={"state": record.state.value})
+        if vm is not None:
+            await vm.wait_concluded()  # its record says in a moment why it ended
+        async with self._locks.hold(vm_id):  # a start or stop on its way has an outcome, which is what counts
+            record = await self._store.get(vm_id)
+            vm = self._running.get(vm_id)
+        if vm is not None and not vm.has_ended:
+            return vm
         error = wrong_state(vm_id, record.state, {State.RUNNING})
         if record.reason is not None:
             error.message += f" (it ended: {record.reason})"

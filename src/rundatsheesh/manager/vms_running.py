@@ -51,6 +51,7 @@ class RunningVm:
         self._freeze_timer: asyncio.TimerHandle | None = None
         self._verdict: str | None = None  # why we ended it, where we did
         self._expected = False
+        self._concluded = asyncio.Event()
         self._exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks = {asyncio.create_task(work) for work in (self._watch_machine(), self._watch_processes())}
 
@@ -69,6 +70,10 @@ class RunningVm:
     @property
     def has_ended(self) -> bool:
         return self._exit.done()
+
+    async def wait_concluded(self) -> None:
+        """Return once whoever had to know of the guest's end has dealt with it."""
+        await self._concluded.wait()
 
     @asynccontextmanager
     async def call(self) -> AsyncIterator[Guest]:
@@ -126,6 +131,8 @@ class RunningVm:
         await self._guest.close()
         if not self._exit.done():
             self._exit.set_result(self._verdict or "detached")
+        if current not in self._tasks:  # else the watch is about to say so itself, after its work
+            self._concluded.set()
 
     async def _watch_machine(self) -> None:
         """Notice the first end, of the machine or of its channel, and tell."""
@@ -152,6 +159,7 @@ class RunningVm:
         if not self._expected:
             log.warning("%s ended: %s (%s)", self.record.id, reason, ended.evidence[-500:] or ended.status)
             await self._on_end(self, reason)
+        self._concluded.set()
 
     async def _watch_processes(self) -> None:
         if Capability.FREEZE not in self.engine.capabilities:
