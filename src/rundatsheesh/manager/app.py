@@ -21,6 +21,7 @@ from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.model import Overview
 from rundatsheesh.manager.net import Network
 from rundatsheesh.manager.overview import collect_overview
+from rundatsheesh.manager.pool import Pool
 from rundatsheesh.manager.reconcile import Reconciler
 from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.store import ExecLog, Store
@@ -79,9 +80,13 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         await reconciler.recover()
         timer = asyncio.create_task(reconciler.run(), name="reconcile")
         stack.push_async_callback(_cancelled, timer)
+        pool = Pool(settings, vms)
+        stack.push_async_callback(pool.drain)
+        filling = asyncio.create_task(pool.run(), name="warm pool")
+        stack.push_async_callback(_cancelled, filling)
         yield Services(
             settings=settings,
-            vms=VmCalls(settings, vms, host, calls, vms),
+            vms=VmCalls(settings, vms, host, calls, pool),
             credentials=store.credentials,
             history=store.history,
             overview=lambda: _overview(settings, store),

@@ -25,7 +25,7 @@ from typing import Any
 
 
 class RdsError(Exception):
-    """Base of all. `code` is the stable snake_case word of the wire; `message` says what happened, `hint` what to do."""
+    """Base of all. `code` is the wire's stable snake_case word; `message` says what happened, `hint` what to do."""
 
     code = "internal_error"
     retryable = False

@@ -29,7 +29,12 @@ class State(StrEnum):
     STOPPED = "STOPPED"
     PAUSED = "PAUSED"
     ERROR = "ERROR"
-    DELETING = "DELETING"  # internal: never shown, the VM is already unknown to callers
+    # Internal, unknown to callers:
+    WARM = "WARM"  # started ahead of demand, nobody's yet
+    DELETING = "DELETING"  # nobody's any more
+
+
+HIDDEN = frozenset({State.WARM, State.DELETING})
 
 
 class Isolation(StrEnum):

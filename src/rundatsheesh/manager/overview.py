@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from rundatsheesh.manager.model import Overview, State, VmRecord
+from rundatsheesh.manager.model import HIDDEN, Overview, State, VmRecord
 
 # A stopped VM holds its disk, but neither CPU nor memory.
 _HOLDS_MEMORY = frozenset({State.CREATING, State.STARTING, State.RUNNING, State.STOPPING, State.PAUSED})
 
 
 async def collect_overview(records: Iterable[VmRecord], *, storage_root: Path, max_vms: int) -> Overview:
-    """Counts over `records` (those being deleted are left out), and what the host has and has left."""
-    shown = [record for record in records if record.state is not State.DELETING]
+    """Counts over `records` (those nobody has are left out), and what the host has and has left."""
+    shown = [record for record in records if record.state not in HIDDEN]
     holding = [record.spec for record in shown if record.state in _HOLDS_MEMORY]
     disk = await asyncio.to_thread(shutil.disk_usage, storage_root)
     memory = await asyncio.to_thread(_read_meminfo)

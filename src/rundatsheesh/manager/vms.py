@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from rundatsheesh.manager.engines.base import Engine
 from rundatsheesh.manager.errors import Forbidden, NotFound, RdsError
 from rundatsheesh.manager.model import (
+    HIDDEN,
     Caller,
     CreateVm,
     EgressPolicy,
@@ -37,8 +38,8 @@ log = logging.getLogger(__name__)
 SHUTDOWN_GRACE = 10.0  # seconds for a guest to end its processes and flush its disk
 MANAGER = Caller(request_id="-", who="manager")
 STARTABLE = frozenset({State.STOPPED, State.ERROR})
-# From every state that a caller can see; one that is being deleted is gone already.
-DELETABLE = frozenset(State) - {State.DELETING}
+# Every state that a caller can see.
+DELETABLE = frozenset(State) - HIDDEN
 
 T = TypeVar("T")
 
@@ -126,21 +127,60 @@ class Vms:
         return spec, engine
 
     async def reserve(self, spec: VmSpec, engine: Engine, caller: Caller) -> VmRecord:
+        """A record in CREATING; raises LimitReached or Unavailable."""
+        return await self._reserve(spec, engine, caller, State.CREATING, self._settings.max_vms)
+
+    async def _reserve(self, spec: VmSpec, engine: Engine, caller: Caller, state: State, most: int) -> VmRecord:
         return await self._store.reserve(
             spec,
             node_id=self._host.node.id,
             block=self._host.node.block,
             isolation=engine.isolation,
             provision_mode=ProvisionMode.BOOT,
-            max_vms=self._settings.max_vms,
+            max_vms=most,
             caller=caller,
+            state=state,
         )
 
     async def bring_up(self, record: VmRecord) -> VmRecord:
         """From CREATING to RUNNING."""
         async with self._locks.hold(record.id):
             await self._host.make_disk(record)
-            return await self._boot(record, State.CREATING)
+            return await self._boot(record, State.CREATING, State.RUNNING)
+
+    # --- ahead of demand ---
+
+    async def warm_up(self, spec: VmSpec) -> VmRecord:
+        """A VM of this shape that is nobody's yet; `claim` gives it away, `discard` releases it."""
+        engine = self._host.choose_engine(spec.engine)
+        record = await self._reserve(spec, engine, MANAGER, State.WARM, self._settings.warm_pool_max_vms)
+        try:
+            async with self._locks.hold(record.id):
+                await self._host.make_disk(record)
+                return await self._boot(record, State.WARM, State.WARM)
+        except BaseException:
+            await self._to_its_end(self.discard(record))
+            raise
+
+    async def claim(self, vm_id: str, spec: VmSpec, caller: Caller) -> VmRecord | None:
+        """Make a warm VM the caller's, with policy, name and labels in force when this returns. None when it is gone;
+        raises LimitReached as `create` does."""
+        async with self._locks.hold(vm_id):
+            vm = self._running.get(vm_id)
+            if vm is None or vm.has_ended:
+                return None
+            record = await self._store.claim(
+                vm_id, spec, node_id=self._host.node.id, max_vms=self._settings.max_vms, caller=caller
+            )
+            if record is None:
+                return None
+            vm.record = record
+        try:
+            await self._host.network.set_policy(record.slot, spec.policy)
+        except BaseException:
+            await self._to_its_end(self.discard(record))
+            raise
+        return record
 
     async def start(self, vm_id: str, caller: Caller) -> None:
         """From STOPPED or ERROR to RUNNING, with the same files. A failure ends in ERROR with its reason."""
@@ -150,7 +190,7 @@ class Vms:
         async with self._locks.hold(vm_id):
             record = await self._store.move(vm_id, STARTABLE, State.STARTING, reason=None)
             try:
-                await self._boot(record, State.STARTING)
+                await self._boot(record, State.STARTING, State.RUNNING)
             except BaseException:
                 await self._store.move(vm_id, {State.STARTING}, State.ERROR, reason="start_failed")
                 raise
@@ -184,7 +224,7 @@ class Vms:
         """Release a VM that nobody was ever given. A failure leaves a record in DELETING for the reconciler."""
         try:
             async with self._locks.hold(record.id):
-                await self._store.move(record.id, DELETABLE, State.DELETING)
+                await self._store.move(record.id, frozenset(State), State.DELETING)
                 await self._release(record, "discarded")
         except RdsError:
             log.exception("%s could not be released; the reconciler will try again", record.id)
@@ -196,12 +236,12 @@ class Vms:
         await self._host.release(record)
         await self._store.delete(record.id)
 
-    async def _boot(self, record: VmRecord, state: State) -> VmRecord:
+    async def _boot(self, record: VmRecord, from_: State, to: State) -> VmRecord:
         async with self._boots:
             vm = await self._host.boot(record, self._ended)
         try:
             moved = await self._store.move(
-                record.id, {state}, State.RUNNING, boot_id=vm.guest.hello.boot_id, started_at=now(), reason=None
+                record.id, {from_}, to, boot_id=vm.guest.hello.boot_id, started_at=now(), reason=None
             )
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._abandon(vm)))
@@ -223,6 +263,9 @@ class Vms:
             await vm.detach()
             if self._running.get(vm.record.id) is not vm:
                 return  # stopped, deleted or restarted meanwhile
+            if vm.record.state is State.WARM:
+                await self._release(vm.record, reason)
+                return
             del self._running[vm.record.id]
             await self._host.take_down(vm.record)
             await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
@@ -235,7 +278,7 @@ class Vms:
         async with self._locks.hold(record.id):
             if record.state is State.RUNNING:
                 await self._adopt(record)
-            elif record.state in (State.CREATING, State.DELETING):
+            elif record.state in (State.CREATING, State.WARM, State.DELETING):
                 await self._store.move(record.id, {record.state}, State.DELETING)
                 await self._release(record, "interrupted")
             elif record.state in (State.STARTING, State.STOPPING):

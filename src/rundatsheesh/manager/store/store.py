@@ -17,6 +17,7 @@ from rundatsheesh.manager.errors import Conflict, LimitReached, NotFound, Unavai
 from rundatsheesh.manager.model import (
     FIRST_USABLE_SLOT,
     GUEST_NETWORK,
+    HIDDEN,
     SLOTS_PER_BLOCK,
     Caller,
     EgressPolicy,
@@ -77,18 +78,19 @@ class Store:
         provision_mode: ProvisionMode,
         max_vms: int,
         caller: Caller,
+        state: State = State.CREATING,
     ) -> VmRecord:
-        """A new record in CREATING with a slot of `block` that nobody else holds.
+        """A new record in CREATING (or WARM) with a slot of `block` that nobody else holds.
 
-        Raises LimitReached when the node already has `max_vms` records, Unavailable when the block has no free slot.
-        A cancelled call leaves no record.
+        Raises LimitReached when the node already has `max_vms` records, of callers or else of warm VMs; Unavailable
+        when the block has no free slot. A cancelled call leaves no record.
         """
         record = VmRecord(
             id=new_vm_id(),
             node_id=node_id,
             slot=Slot(0),
             spec=spec,
-            state=State.CREATING,
+            state=state,
             isolation=isolation,
             provision_mode=provision_mode,
             boot_id=None,
@@ -106,17 +108,12 @@ class Store:
         for attempt in range(RESERVE_ATTEMPTS):
             try:
                 async with self._database.write() as db:
-                    reserved = replace(record, slot=await _take_slot(db, record.node_id, block, max_vms))
+                    slot = await _take_slot(db, block)
+                    await _check_quota(db, record.node_id, max_vms, warm=record.state is State.WARM)
+                    reserved = replace(record, slot=slot)
                     await db.execute(insert(schema.vms).values(_to_row(reserved)))
-                    await db.execute(
-                        insert(schema.activity).values(
-                            at=record.created_at,
-                            kind="vm.create",
-                            vm_id=record.id,
-                            who=caller.who,
-                            request_id=caller.request_id,
-                        )
-                    )
+                    if record.state is not State.WARM:
+                        await _note_create(db, record.id, record.created_at, caller)
                     return reserved
             except IntegrityError as error:
                 # Another manager on the same database took the slot between our look and our insert.
@@ -124,11 +121,33 @@ class Store:
                     raise
         raise AssertionError("unreachable")
 
+    async def claim(self, vm_id: str, spec: VmSpec, *, node_id: str, max_vms: int, caller: Caller) -> VmRecord | None:
+        """Give a warm VM to a caller: it is RUNNING with this spec, created now. None when it is not warm any more.
+
+        Raises LimitReached as `reserve` does.
+        """
+        return await finish(self._claim(vm_id, spec, node_id, max_vms, caller))
+
+    async def _claim(self, vm_id: str, spec: VmSpec, node_id: str, max_vms: int, caller: Caller) -> VmRecord | None:
+        created = now()
+        async with self._database.write() as db:
+            await _check_quota(db, node_id, max_vms, warm=False)
+            statement = (
+                update(schema.vms)
+                .where(schema.vms.c.id == vm_id, schema.vms.c.state == State.WARM.value)
+                .values(state=State.RUNNING.value, created_at=created, started_at=created, **_spec_columns(spec))
+                .returning(schema.vms)
+            )
+            row = (await db.execute(statement)).one_or_none()
+            if row is not None:
+                await _note_create(db, vm_id, created, caller)
+        return _from_row(row) if row is not None else None
+
     async def move(self, vm_id: str, from_: Collection[State], to: State, **changes: Unpack[VmChanges]) -> VmRecord:
         """Set the state (and `changes`) if the VM is in one of `from_`; returns the record as it is now.
 
-        Raises Conflict (`wrong_state`, `details.state`) from any other state and NotFound for an unknown VM; a VM in
-        DELETING is unknown unless `from_` names DELETING.
+        Raises Conflict (`wrong_state`, `details.state`) from any other state and NotFound for an unknown VM; a VM in a
+        hidden state is unknown unless `from_` names it.
         """
         return await finish(self._move(vm_id, from_, to, changes))
 
@@ -144,28 +163,28 @@ class Store:
             if row is not None:
                 return _from_row(row)
             found = await db.scalar(select(schema.vms.c.state).where(schema.vms.c.id == vm_id))
-        if found is None or found == State.DELETING:
+        if found is None or found in HIDDEN:
             raise vm_not_found(vm_id)
         raise wrong_state(vm_id, State(found), from_)
 
     async def get(self, vm_id: str) -> VmRecord:
-        """Raises NotFound (`vm_not_found`); a VM that is being deleted is already unknown."""
+        """Raises NotFound (`vm_not_found`); a VM in a hidden state is unknown."""
         async with self._database.read() as db:
             row = (await db.execute(select(schema.vms).where(schema.vms.c.id == vm_id))).one_or_none()
-        if row is None or row.state == State.DELETING:
+        if row is None or row.state in HIDDEN:
             raise vm_not_found(vm_id)
         return _from_row(row)
 
     async def list(
         self, *, state: State | None = None, labels: Mapping[str, str] | None = None, node: str | None = None
     ) -> Records:
-        """Oldest first, without those being deleted. `labels`: the VM carries all of these pairs."""
+        """Oldest first, without hidden ones. `labels`: the VM carries all of these pairs."""
         wanted = (labels or {}).items()
         records = await self.list_all(node)
         return [
             record
             for record in records
-            if record.state is not State.DELETING
+            if record.state not in HIDDEN
             and (state is None or record.state is state)
             and wanted <= record.spec.labels.items()
         ]
@@ -197,17 +216,28 @@ def wrong_state(vm_id: str, found: State, allowed: Collection[State]) -> Conflic
     return Conflict(f"VM {vm_id} is {found}; this needs {needed}", code="wrong_state", details={"state": found.value})
 
 
-async def _take_slot(db: AsyncConnection, node_id: str, block: int, max_vms: int) -> Slot:
-    """The next free slot after the block's cursor. Holds the cursor's row until the transaction ends."""
-    cursor = await _lock_cursor(db, block)
-    count = await db.scalar(select(func.count()).select_from(schema.vms).where(schema.vms.c.node_id == node_id))
-    if (count or 0) >= max_vms:
+async def _note_create(db: AsyncConnection, vm_id: str, at: datetime, caller: Caller) -> None:
+    activity = {"at": at, "kind": "vm.create", "vm_id": vm_id, "who": caller.who, "request_id": caller.request_id}
+    await db.execute(insert(schema.activity).values(activity))
+
+
+async def _check_quota(db: AsyncConnection, node_id: str, most: int, *, warm: bool) -> None:
+    """Warm VMs and callers' VMs are counted apart. Call it while the transaction holds what makes others wait."""
+    is_warm = schema.vms.c.state == State.WARM.value
+    counted = (schema.vms.c.node_id == node_id, is_warm if warm else ~is_warm)
+    count = await db.scalar(select(func.count()).select_from(schema.vms).where(*counted))
+    if (count or 0) >= most:
         raise LimitReached(
-            f"this server already has {max_vms} VMs (MAX_VMS)",
+            f"this server already has {most} VMs (MAX_VMS)",
             hint="delete a VM that is no longer needed",
-            details={"limit": max_vms},
+            details={"limit": most},
             retry_after=QUOTA_RETRY_AFTER_S,
         )
+
+
+async def _take_slot(db: AsyncConnection, block: int) -> Slot:
+    """The next free slot after the block's cursor. Holds the cursor's row until the transaction ends."""
+    cursor = await _lock_cursor(db, block)
     first, last = usable_slots(block)
     taken = set(await db.scalars(select(schema.vms.c.slot).where(schema.vms.c.slot.between(first, last))))
     after = cursor if first <= cursor <= last else last
