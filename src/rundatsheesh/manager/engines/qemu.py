@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rundatsheesh.manager.engines import qemu_args, qemu_boot, qemu_files
 from rundatsheesh.manager.engines.base import Availability, Capability, VmFiles
@@ -59,6 +60,7 @@ class Qemu:
     config: QemuConfig
     name: str = field(default="qemu", init=False)
     capabilities: frozenset[Capability] = field(default=frozenset({Capability.FREEZE}), init=False)
+    link: Literal["veth", "tap"] = field(default="tap", init=False)
     templates: Templates = field(default_factory=Templates, init=False)
     _accelerator: Accelerator | None = field(default=None, init=False)
     _layout: Layout | None = field(default=None, init=False)

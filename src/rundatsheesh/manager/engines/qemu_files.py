@@ -35,7 +35,7 @@ BACKLOG = 4
 FIRMWARE = "usr/share/qemu"
 LIBRARIES = ("usr/lib", "usr/lib64")
 LINKS = ("lib", "lib64")  # where usr is merged; directories elsewhere
-EVIDENCE_BYTES = 4000
+ENGINE_EVIDENCE, CONSOLE_EVIDENCE = 2000, 6000  # bytes of each log's end; a panic's trace takes 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def trim_logs(files: VmFiles) -> None:
 
 def evidence(files: VmFiles) -> str:
     """The end of both logs."""
-    tails = [logs.read_tail(path, EVIDENCE_BYTES // 2) for path in (files.engine_log, files.console_log)]
+    tails = logs.read_tail(files.engine_log, ENGINE_EVIDENCE), logs.read_tail(files.console_log, CONSOLE_EVIDENCE)
     return b"\n".join(tail.strip() for tail in tails if tail.strip()).decode(errors="replace")
 
 

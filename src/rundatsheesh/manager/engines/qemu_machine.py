@@ -70,6 +70,12 @@ class QemuMachine:
         async with self._freezing:
             await asyncio.to_thread(self._cgroup.thaw)
 
+    async def detach(self) -> None:
+        """Let go of the guest, which runs on: what the end of the manager does."""
+        self._exit.cancel()
+        await asyncio.gather(self._exit, return_exceptions=True)
+        await self._qmp.close()
+
     async def _ends_within(self, seconds: float) -> bool:
         done, _ = await asyncio.wait([self._exit], timeout=seconds)
         return bool(done)

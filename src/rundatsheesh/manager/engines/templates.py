@@ -74,8 +74,8 @@ class Templates:
             self._kept.move_to_end(key)
             return self._kept[key]
 
-    def has(self, key: Key) -> bool:
-        return key in self._kept
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def discard(self, key: Key) -> None:
         """Have it made anew when it is next asked for. Running clones are not affected."""

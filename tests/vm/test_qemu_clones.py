@@ -1,0 +1,79 @@
+"""VMs that start as clones of one template are nobody's twins, and a template that does not fit is not used."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from qemu_support import AGENT, Lab, engine, image_root, lab, new_lab, open_lab, output
+
+from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
+from rundatsheesh.manager.host.bootfiles import BootFiles
+
+__all__ = ["engine", "image_root", "lab", "new_lab"]  # fixtures
+
+CLONES = 4
+FACTS = (
+    "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id /etc/machine-id /sys/class/net/eth0/address;"
+    "python3 -c 'import os; print(os.urandom(16).hex())'; echo 'console.log(crypto.randomUUID())' > /tmp/u.ts;"
+    "deno run --no-prompt /tmp/u.ts; ip -4 -o addr show eth0 | awk '{print $4}'; hostname"
+)
+
+
+async def test_clones_share_nothing_that_should_be_their_own(lab: Lab) -> None:
+    told: list[list[str]] = []
+    for _ in range(CLONES):
+        _, guest = await lab.vm().open()
+        before = time.time()
+        clock = float(await output(guest, "date +%s.%N"))
+        assert before - 0.1 < clock < time.time() + 0.1
+        told.append((await output(guest, FACTS)).splitlines())
+        await guest.close()
+    for own in zip(*told, strict=True):
+        assert len(set(own)) == CLONES, own
+    assert {facts[3] for facts in told} == {vm.record.slot.guest_mac for vm in lab.vms}
+
+
+async def test_what_one_clone_writes_no_other_sees(lab: Lab) -> None:
+    first, second = lab.vm(), lab.vm()
+    _, guest = await first.open()
+    await output(guest, "head -c 50M /dev/urandom > /tmp/x; echo secret > /workspace/x; sync")
+    _, other = await second.open()
+    assert await output(other, "ls -A /tmp /workspace") == "/tmp:\n\n/workspace:"
+    await guest.close()
+    await other.close()
+
+
+async def test_a_template_is_made_anew_when_the_image_changes(tmp_path: Path, image_root: Path) -> None:
+    image = tmp_path / "image"
+    image.mkdir()
+    for path in BootFiles(image_root.parent).all:
+        os.link(path, image / path.name) if _same_device(path, image) else (image / path.name).symlink_to(path)
+    engine = Qemu(QemuConfig(lambda image_id: image / "root", AGENT))
+    async with open_lab(tmp_path, engine) as lab:
+        vm = lab.vm()
+        machine, guest = await vm.open()
+        await guest.close()
+        await machine.stop(0)
+        initrd = image / BootFiles(image).initrd.name
+        content = initrd.read_bytes()
+        initrd.unlink()
+        initrd.write_bytes(content)
+        machine, guest = await vm.open()
+        await guest.close()
+        await machine.stop(0)
+        assert len(engine.templates) == 2
+    engine.templates.close()
+
+
+async def test_starts_at_the_same_time_make_one_template(new_lab: Lab) -> None:
+    opened = await asyncio.gather(*(new_lab.vm().open() for _ in range(3)))
+    assert len(new_lab.engine.templates) == 1
+    for _, guest in opened:
+        await guest.close()
+
+
+def _same_device(path: Path, directory: Path) -> bool:
+    return path.stat().st_dev == directory.stat().st_dev

@@ -1,0 +1,92 @@
+"""How a virtual machine may end, and what is said of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from qemu_support import Lab, ask_root, engine, image_root, lab, new_lab, output, root_lab, run
+
+from rundatsheesh.manager.errors import EngineError
+
+__all__ = ["engine", "image_root", "lab", "new_lab", "root_lab"]  # fixtures
+
+
+async def test_a_killed_qemu_is_noticed_at_once(lab: Lab) -> None:
+    vm = lab.vm()
+    machine, guest = await vm.open()
+    os.kill(vm.qemu, signal.SIGKILL)
+    killed = time.monotonic()
+    ended = await machine.wait()
+    assert time.monotonic() - killed < 2
+    assert (ended.reason, ended.status) == ("killed", -signal.SIGKILL)
+    assert await guest.wait_closed() is not None
+    await guest.close()
+    with pytest.raises(EngineError):
+        await machine.connect()
+
+
+async def test_a_kernel_panic_is_told_with_the_end_of_the_console(root_lab: Lab) -> None:
+    vm = root_lab.vm()
+    machine = await vm.start()
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await ask_root(machine, "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger")
+    ended = await machine.wait()
+    assert ended.reason == "kernel_panic"
+    assert "sysrq triggered crash" in ended.evidence
+    await root_lab.engine.release(vm.record, vm.files)
+    assert "Kernel panic" in vm.files.console_log.read_text(errors="replace")
+    assert not vm.files.console_log.is_symlink()
+
+
+async def test_the_end_of_the_agent_is_the_end_of_the_guest(root_lab: Lab) -> None:
+    vm = root_lab.vm()
+    machine = await vm.start()
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await ask_root(machine, "kill -SEGV 1; kill -INT 1; sleep 60")
+    assert (await machine.wait()).reason == "agent_exited"
+
+
+async def test_a_noisy_console_is_bounded(root_lab: Lab) -> None:
+    vm = root_lab.vm()
+    machine = await vm.start()
+    await ask_root(machine, "yes 'a line of noise' | head -c 3M > /dev/ttyS0; sync")
+    assert vm.files.console_log.stat().st_size <= 2 << 20
+    assert await ask_root(machine, "echo alive") == "alive\n"
+    await machine.stop(0)
+
+
+async def test_memory_exhaustion_ends_the_process_not_the_vm(lab: Lab) -> None:
+    vm = lab.vm()
+    machine, guest = await vm.open()
+    greedy = "python3 -c 'x = [b\"x\" * (1 << 20) for _ in range(1000)]'"
+    assert (await run(guest, greedy, timeout_ms=120_000)).exit_code == 137
+    assert (await run(guest, "head -c 1G /dev/zero > /tmp/full")).exit_code != 0
+    assert await output(guest, "rm /tmp/full; echo alive") == "alive"
+    await guest.close()
+    await machine.stop(0)
+
+
+async def test_a_start_that_fails_leaves_nothing(lab: Lab) -> None:
+    vm = lab.vm()
+    await vm.prepare()
+    missing = replace(vm.files, disk=vm.files.directory / "missing")
+    with pytest.raises(EngineError):
+        await lab.engine.start(vm.record, missing)
+    assert lab.leftovers() == []
+
+
+async def test_a_cancelled_start_leaves_nothing(new_lab: Lab) -> None:
+    vm = new_lab.vm()
+    await vm.prepare()
+    starting = asyncio.create_task(new_lab.engine.start(vm.record, vm.files))
+    await asyncio.sleep(0.5)  # somewhere in the boot of the template
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert new_lab.leftovers() == []
+    assert len(new_lab.engine.templates) == 0
