@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
-import rundatsheesh
 from rundatsheesh.manager.build.image import ensure_boot_files, ensure_image, find_image, wants_boot_files
 from rundatsheesh.manager.build.recipe import recipe_hash
 from rundatsheesh.manager.engines.base import Availability
-from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host import doctor
 from rundatsheesh.manager.host.doctor import Check, Finding, Level, Result
@@ -22,15 +19,9 @@ Engines = Mapping[str, Callable[[], Availability]]
 
 
 def engines_of(settings: Settings) -> Engines:
-    gvisor = GVisor(
-        GVisorConfig(
-            image_cache=settings.image_cache,
-            image_root=lambda image_id: settings.image_cache / "images" / image_id / "root",
-            agent=Path(rundatsheesh.__file__).parent / "agent",
-            platform=settings.gvisor_platform,
-        )
-    )
-    return {gvisor.name: gvisor.available}
+    from rundatsheesh.manager import app  # with the whole server behind it: only when it is needed
+
+    return {name: engine.available for name, engine in app.engines(settings).items()}
 
 
 def all_checks(settings: Settings) -> tuple[Check, ...]:

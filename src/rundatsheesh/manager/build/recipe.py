@@ -17,7 +17,15 @@ HERE = Path(__file__).parent
 RUNTIME_REQUIREMENTS = HERE / "guest-requirements.txt"
 
 # Every file whose change makes another image. A new build step adds its source here.
-RECIPE_SOURCES = ("recipe.py", "files.py", "tree.py", "runtimes.py", "guest-requirements.txt")
+RECIPE_SOURCES = (
+    "recipe.py",
+    "files.py",
+    "tree.py",
+    "runtimes.py",
+    "kernel.py",
+    "initrd.py",
+    "guest-requirements.txt",
+)
 
 # The time stamp of every file in an image, seconds since the epoch: 2025-01-01. Any constant would do but 0, which zip
 # and some build tools refuse.
