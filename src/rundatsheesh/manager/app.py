@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -51,11 +52,16 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises HostError for what keeps the server from starting. VMs that exist when it
     ends run on, and the next server adopts them."""
     _configure_logging(settings.log_level)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # The HTTP server takes these over while it runs, and raises them once more when it has ended.
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     with _listening(settings) as listener:
         async with running(settings) as services:
             address = listener.getsockname()
             print(f"serving on http://{_shown_host(address[0])}:{address[1]}", flush=True)  # noqa: T201
-            await _serve_http(services, listener)
+            if not stopping.is_set():
+                await _serve_http(services, listener)
 
 
 @asynccontextmanager
