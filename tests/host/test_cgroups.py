@@ -176,7 +176,7 @@ def test_too_much_memory_ends_the_process_and_is_counted(group: Cgroup, launch: 
     assert child.stdout is not None
     assert child.stdout.read() == b""
     assert child.wait() == -9
-    assert group.oom_kills() == 1
+    assert group.oom_kills() >= 1  # v2 kills, and counts, the group as a whole too
     group.set_memory(512 * MIB)
     child = launch(group, [sys.executable, "-c", "x = b'x' * (256 << 20); print('survived')"])
     assert child.stdout is not None
