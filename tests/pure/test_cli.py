@@ -6,11 +6,15 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from source_tree import REPOSITORY
+from test_client_calls import OUTCOME, VM
 
 from rundatsheesh import __version__
 from rundatsheesh.cli import VERBS, main
@@ -125,8 +129,6 @@ def test_requirements_are_pinned_by_hash_and_name_no_place(name: str) -> None:
 
 
 def test_direct_dependencies_are_locked() -> None:
-    import tomllib
-
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
     def locked(name: str) -> set[str]:
@@ -138,3 +140,47 @@ def test_direct_dependencies_are_locked() -> None:
     server, development = names(project["dependencies"]), names(project["optional-dependencies"]["dev"])
     assert server <= locked("requirements.txt"), "run `make lock`"
     assert server | development <= locked("requirements-dev.txt"), "run `make lock`"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["vm-1", "--", "ls", "-l", "a b"], "ls -l 'a b'"),
+        (["vm-1", "ls", "-l"], "ls -l"),
+        (["vm-1", "--", "echo $HOME | wc"], "echo $HOME | wc"),
+        (["--cwd", "/workspace/x", "vm-1", "pwd"], "pwd"),
+    ],
+)
+def test_exec_passes_the_command_on(runner: CliRunner, arguments: list[str], line: str) -> None:
+    """Through the real client, to a server that remembers what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(VM)
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"])))["cmd"])
+            self.answer(OUTCOME)
+
+        def answer(self, body: object) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Silence."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        result = runner.invoke(main, ["exec", "--url", f"http://127.0.0.1:{server.server_port}", *arguments])
+        server.shutdown()
+        thread.join()
+    assert asked == [line]
+    assert (result.exit_code, result.stdout, result.stderr) == (3, "out", "err")
+
+
+def test_an_unreachable_server_is_told_in_one_line(runner: CliRunner) -> None:
+    result = runner.invoke(main, ["vm", "list", "--url", "http://127.0.0.1:1"])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1

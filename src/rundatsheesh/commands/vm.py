@@ -112,7 +112,7 @@ def delete(client: Client, vm_ids: tuple[str, ...]) -> None:
         client.get(vm_id).delete()
 
 
-@click.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(name="exec", context_settings={"allow_interspersed_args": False})
 @click.option("--cwd", help="Directory beneath /workspace.")
 @click.option("--env", "env", multiple=True, help="KEY=value; repeatable.")
 @click.option("--timeout", "timeout_s", type=float, help="Seconds.")
@@ -126,7 +126,8 @@ def exec_(
 
     One argument is a command line for bash; several are a program and its arguments: rds exec VM -- ls -l
     """
-    line = command[0] if len(command) == 1 else shlex.join(command)
+    words = command[1:] if command[0] == "--" else command
+    line = words[0] if len(words) == 1 else shlex.join(words)
     result = client.get(vm_id).exec(line, cwd=cwd, env=dict(map(_pair, env)), timeout_ms=_ms(timeout_s))
     _finish(result)
 
