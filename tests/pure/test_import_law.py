@@ -24,10 +24,10 @@ HEIGHT = {
     "net": 3,
     "store": 3,
     "vms": 4,
-    "pool": 4,
-    "reconcile": 4,
-    "api": 5,
-    "app": 6,
+    "pool": 5,
+    "reconcile": 5,
+    "api": 6,
+    "app": 7,
 }
 # Modules beside a part that belong to it.
 BELONGS_TO = {
