@@ -189,7 +189,7 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def engine(image_root: Path) -> Iterator[Qemu]:
+def shared_engine(image_root: Path) -> Iterator[Qemu]:
     """One engine, so that the tests share its templates."""
     engine = Qemu(QemuConfig(lambda image_id: image_root, AGENT))
     yield engine
@@ -197,8 +197,8 @@ def engine(image_root: Path) -> Iterator[Qemu]:
 
 
 @pytest.fixture
-async def lab(tmp_path: Path, engine: Qemu) -> AsyncIterator[Lab]:
-    async with open_lab(tmp_path, engine) as opened:
+async def lab(tmp_path: Path, shared_engine: Qemu) -> AsyncIterator[Lab]:
+    async with open_lab(tmp_path, shared_engine) as opened:
         yield opened
 
 
