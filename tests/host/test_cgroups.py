@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -87,6 +89,10 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.002)
 
 
+def is_inhabited(group: Cgroup) -> bool:
+    return bool(group.pids())
+
+
 def cpu_ns_during(group: Cgroup, seconds: float) -> int:
     before = group.usage().cpu_ns
     time.sleep(seconds)
@@ -134,7 +140,7 @@ def test_killing_touches_nobody_else(groups: Cgroups, launch: Launch) -> None:
     for each in (first, second):
         each.create(LIMITS)
         launch(each, SPIN)
-        until(lambda each=each: bool(each.pids()))
+        until(partial(is_inhabited, each))
     survivors = second.pids()
     first.kill()
     assert second.pids() == survivors
@@ -196,3 +202,26 @@ def test_the_number_of_processes_is_bounded(group: Cgroup, launch: Launch) -> No
     assert int(child.stdout.readline()) == LIMITS.pids - 1
     assert len(group.pids()) == LIMITS.pids
     group.kill()
+
+
+def test_groups_come_and_go_at_the_same_time(groups: Cgroups) -> None:
+    """The parent goes with its last group and comes back with the next, whoever is quicker."""
+
+    def come_and_go(number: int) -> None:
+        for _ in range(20):
+            group = groups.group(f"vm-{number}")
+            group.create(LIMITS)
+            subprocess.run(group.entering(["true"]), check=True)
+            group.remove()
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(come_and_go, number) for number in range(4)]:
+            done.result()
+    assert groups.list_names() == set()
+
+
+def test_every_hierarchy_can_be_joined(group: Cgroup, launch: Launch) -> None:
+    child = launch(group, SPIN)
+    for mount in find_layout().every_mount:
+        if mount.joinpath(group.path.lstrip("/")).is_dir():
+            (mount / group.path.lstrip("/") / "cgroup.procs").write_text(str(child.pid))

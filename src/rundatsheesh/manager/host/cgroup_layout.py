@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def every_mount(self) -> tuple[Path, ...]:
-        """Sandboxes join hierarchies of their own accord, so traces of a VM may be in those that we do not use."""
+        """All hierarchies, those that carry no limit of ours too."""
         mounts = [*self.every_v1, *self.v1.values(), *([self.v2] if self.v2 is not None else [])]
         return tuple(dict.fromkeys(mounts))
 

@@ -2,7 +2,8 @@
 
     <hierarchy>/<parent>/<VM id>        parent is "rundatsheesh-<node>"
 
-Each controller is taken from where this host has it, v1 or v2; a group is made in every hierarchy that is used. The v2
+Each controller is taken from where this host has it, v1 or v2. A group is made in every hierarchy, also in those that
+carry no limit of ours, because sandboxes join all that they find and would make, and leave behind, their own. The v2
 hierarchy is used for freezing and killing wherever one is mounted, even when it holds no controller: both are one write
 there and their completion is an event. A VM's processes are put into the hierarchies with which systemd tracks
 services too, so that they are no part of the manager's service and outlive it.
@@ -18,6 +19,7 @@ import os
 import select
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ MIB = 1 << 20
 FREEZE_TIMEOUT = 5.0  # seconds; measured under 1 ms
 KILL_TIMEOUT = 20.0  # a process that writes out dirty pages may take a while to die
 REMOVE_TIMEOUT = 5.0
+_parents = threading.Lock()  # held while a parent gets a child, and while one that may be empty is removed
 _POLL_INTERVAL = 0.0005  # where the kernel has no event to wait for
 
 
@@ -85,10 +88,11 @@ class Cgroup:
         """Make the group, empty and with these limits. Also sets the limits of a group that exists. Raises HostError;
         what was made by then, `remove` undoes."""
         try:
-            if self._layout.v2 is not None:
-                self._enable_v2_controllers(self._layout.v2)
-            for directory in self._used_directories():
-                _make_group(directory)
+            with _parents:
+                if self._layout.v2 is not None:
+                    self._enable_v2_controllers(self._layout.v2)
+                for mount in self._layout.every_mount:
+                    _make_group(self._below(mount))
             self._set_cpu(limits.cpu)
             self._set_pids(limits.pids)
             self.set_memory(limits.memory_bytes)
@@ -183,7 +187,8 @@ class Cgroup:
         for mount in self._layout.every_mount:
             group = self._below(mount)
             _poll_until(partial(_rmdir, group), REMOVE_TIMEOUT, f"{group} cannot be removed")
-            _rmdir(group.parent)
+            with _parents:
+                _rmdir(group.parent)
 
     def oom_kills(self) -> int:
         """How many processes the kernel killed for lack of memory since the group was made; 0 when it is gone."""
@@ -289,14 +294,11 @@ class Cgroup:
 
 
 def _make_group(directory: Path) -> None:
-    """mkdir -p, against another manager task that removes the empty parent at the same time."""
-    while True:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            return
-        except FileNotFoundError:
-            if not directory.parent.parent.is_dir():
-                raise
+    directory.mkdir(parents=True, exist_ok=True)
+    for group in (directory.parent, directory):
+        for name in ("cpuset.cpus", "cpuset.mems"):  # in v1 nobody can join before these are set
+            if (group / name).exists() and not (group / name).read_text().strip():
+                (group / name).write_text((group.parent / name).read_text())
 
 
 def _move_processes_down(mount: Path) -> None:
