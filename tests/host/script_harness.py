@@ -76,8 +76,6 @@ class Scripts:
             }
         )
         ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         reader = threading.Thread(target=_read, args=(ours, command.channel))
         process = subprocess.Popen(
             ["/bin/bash", "-c", f'exec "$@" {CHANNEL_FD}<&{theirs.fileno()}-', "bash", *command.argv],

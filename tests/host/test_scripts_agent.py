@@ -59,7 +59,8 @@ async def test_a_large_result_survives_an_immediate_exit(agent: RunningAgent) ->
 async def test_calls_at_once_never_mix(agent: RunningAgent) -> None:
     async with agent.guest() as guest:
         for language in await languages(guest):
-            code = f"await new Promise((r) => setTimeout(r, 20)); result.set({ARGS[language]}); console.log({ARGS[language]}[0])"
+            args = ARGS[language]
+            code = f"await new Promise((r) => setTimeout(r, 20)); result.set({args}); console.log({args}[0])"
             calls = [script(guest, code, language=language, args=(str(n),), timeout_ms=120_000) for n in range(20)]
             for number, got in enumerate(await asyncio.gather(*calls)):
                 assert (got.result, got.stdout, got.exit_code) == ([str(number)], f"{number}\n", 0)

@@ -99,7 +99,7 @@ def test_node_environment(scripts: Scripts) -> None:
     os.environ["RDS_OF_THE_HOST"] = "1"
     got = scripts.run("js", "result.set(process.env)", env={"TOKEN": "t", "PATH": "/nowhere"})
     assert got.result["TOKEN"] == "t" and got.result["PATH"] == "/nowhere" and got.result["HOME"] == "/workspace"
-    assert not {"NODE_CHANNEL_FD", "RDS_OF_THE_HOST", "NODE_OPTIONS"} & got.result.keys()
+    assert not {"NODE_CHANNEL_FD", "DENO_EXTRA_STDIO_FDS", "RDS_OF_THE_HOST", "NODE_OPTIONS"} & got.result.keys()
 
 
 def test_deno_files(scripts: Scripts, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_permissions_are_exactly_the_promised_ones() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["A,B", "*", "A=B", "", "1A", "A B", "NODE_CHANNEL_FD", "Ä"])
+@pytest.mark.parametrize("name", ["A,B", "*", "A=B", "", "1A", "A B", "NODE_CHANNEL_FD", "DENO_EXTRA_STDIO_FDS", "Ä"])
 def test_refused_variables(scripts: Scripts, name: str) -> None:
     with pytest.raises(CallFailed) as caught:
         scripts.run("ts", "1", env={name: "x"})

@@ -33,7 +33,10 @@ _DENO_ENV = {
     "DENO_NO_UPDATE_CHECK": "1",
     "DENO_NO_PROMPT": "1",
     "NO_COLOR": "1",
+    # Opens the descriptor to node:fs, without a permission; Deno takes it out of the environment.
+    "DENO_EXTRA_STDIO_FDS": str(CHANNEL_FD),
 }
+_RESERVED = ("DENO_EXTRA_STDIO_FDS", "NODE_CHANNEL_FD")  # would give the channel another meaning
 # Deno would keep what it made of the text in files of its cache.
 _DENO_ENV_FOR_CODE = {"DENO_EMIT_CACHE_MODE": "disable"}
 
@@ -65,7 +68,7 @@ def _deno(params: dict[str, Any], source: str, limit: int) -> tuple[list[str], d
         *deno_permissions(flags, WORKSPACE, ALIAS, list(params["env"]), allow_net=params["allow_net"]),
         f"--preload={preload_url('deno', limit, from_code=source == '-')}",
     ]
-    env = _DENO_ENV | {"NODE_CHANNEL_FD": str(CHANNEL_FD)}
+    env = dict(_DENO_ENV)
     if source == "-":
         argv.append("--no-code-cache")
         env |= _DENO_ENV_FOR_CODE
@@ -80,7 +83,7 @@ def _node(params: dict[str, Any], source: str, limit: int) -> tuple[list[str], d
 
 def preload_url(runtime: str, limit: int, *, from_code: bool) -> str:
     """The module that makes `result`, as a data: URL. Whoever reads the process table sees no secret in it."""
-    head = f"const LIMIT = {limit};\nconst FROM_CODE = {str(from_code).lower()};\n"
+    head = f"const LIMIT = {limit};\nconst CHANNEL = {CHANNEL_FD};\nconst FROM_CODE = {str(from_code).lower()};\n"
     text = head.encode() + _preload("common") + _preload(runtime)
     return "data:text/javascript;base64," + binascii.b2a_base64(text, newline=False).decode()
 
@@ -101,7 +104,7 @@ def _check_variables(env: dict[str, str]) -> None:
         # A comma, a star or an equals sign would mean more than this name to --allow-env.
         if not _VARIABLE.fullmatch(name):
             raise CallFailed("invalid_input", f"{name!r} cannot be the name of a variable")
-        if name == "NODE_CHANNEL_FD":
+        if name in _RESERVED:
             raise CallFailed("invalid_input", f"the variable {name} is reserved for the result of the call")
 
 

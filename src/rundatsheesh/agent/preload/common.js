@@ -1,10 +1,11 @@
 // The global `result` of run-ts and run-js. Runs before the user's program, which may change any built-in afterwards,
 // so everything needed later is taken here. One module with what precedes it (const LIMIT: bytes of JSON that `result`
-// may carry; const FROM_CODE: whether the program is given as text) and deno.js or node.js, which follows it and
-// defines write(letter, json), writeResult(json, bytes) and failed().
+// may carry; const CHANNEL: the descriptor that leads out; const FROM_CODE: whether the program is given as text) and
+// with deno.js or node.js, which follows it and defines failed().
 //
-// What goes out is a line of JSON, a string: a letter, then JSON text. r: the result. e: the error that the program reported. u: an
-// error that nobody caught. h: somebody did catch that one. x: the program has come to its end.
+// What goes out is a line of JSON, a string: a letter, then JSON text. r: the result. e: the error that the program
+// reported. u: an error that nobody caught. h: somebody did catch that one. x: the program has come to its end.
+import { writeSync } from "node:fs";
 
 const { apply } = Reflect;
 const { stringify } = JSON;
@@ -20,6 +21,12 @@ const MAX_TEXT = 1 << 16; // characters of an error's message, and of its stack
 
 const cut = (text) => (text.length > MAX_TEXT ? apply(slice, text, [0, MAX_TEXT]) + "…" : text);
 const byteLength = (text) => apply(encode, encoder, [text]).length;
+
+// Returns when the other end has it or the socket holds it, so that no exit loses it.
+function write(letter, json) {
+  const bytes = apply(encode, encoder, [stringify(letter + json) + "\n"]);
+  for (let at = 0; at < bytes.length;) at += writeSync(CHANNEL, bytes, at, bytes.length - at);
+}
 
 function fromMap(map) {
   const object = create(null);
@@ -113,7 +120,7 @@ const result = freeze({
       captureStackTrace(error, result.set);
       throw error;
     }
-    writeResult(json, size);
+    write("r", json);
   },
   // Returns `error` to the caller and lets the program end with an exit code other than 0. The program goes on.
   error(error) {
