@@ -109,7 +109,10 @@ async def test_without_image_and_engine_the_server_would_not_start(
             b"table ip filter {\n chain FORWARD {\n  type filter hook forward priority filter; policy accept;\n }\n}",
             "ok",
         ),
-        (b"table inet rds_0 {\n chain f {\n  type filter hook forward priority filter; policy drop;\n }\n}", "ok"),
+        (
+            b"table inet rundatsheesh_0 {\n chain f {\n  type filter hook forward priority filter; policy drop;\n }\n}",
+            "ok",
+        ),
         (b"", "ok"),
     ],
 )

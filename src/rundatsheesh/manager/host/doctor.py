@@ -238,7 +238,7 @@ async def _other_firewalls() -> Finding:
         words = line.split()
         if words[:1] == ["table"]:
             table = " ".join(words[1:3])
-        elif "hook forward" in line and "policy drop" in line and "rds" not in table:
+        elif "hook forward" in line and "policy drop" in line and "rundatsheesh" not in table:
             dropping.append(table)
     if not dropping:
         return ok("none drops forwarded packets")
