@@ -75,7 +75,8 @@ class VmHost:
             machine = await engine.start(record, self.files(record))
             running = await RunningVm.open(record, engine, machine, on_end, CONNECT_TIMEOUT)
             try:
-                await running.guest.configure(_identity(record))
+                async with running.call() as guest:
+                    await guest.configure(_identity(record))
             except BaseException:
                 await running.detach()
                 raise
