@@ -21,6 +21,7 @@ VERBS = {
     "run-js": ("vm", "run_js"),
     "upload": ("vm", "upload"),
     "download": ("vm", "download"),
+    "bench": ("bench", "bench"),
 }
 
 
