@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -75,18 +74,18 @@ class Scripts:
                 "max_output": max_output,
             }
         )
-        ours, theirs = socket.socketpair()
+        ours, theirs = os.pipe()
         reader = threading.Thread(target=_read, args=(ours, command.channel))
         process = subprocess.Popen(
-            ["/bin/bash", "-c", f'exec "$@" {CHANNEL_FD}<&{theirs.fileno()}-', "bash", *command.argv],
+            ["/bin/bash", "-c", f'exec "$@" {CHANNEL_FD}>&{theirs}-', "bash", *command.argv],
             cwd=self.workspace,
             env=command.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs,),
         )
-        theirs.close()
+        os.close(theirs)
         reader.start()
         try:
             stdout, stderr = process.communicate(command.stdin, timeout)
@@ -95,14 +94,14 @@ class Scripts:
             stdout, stderr = process.communicate()
             process.returncode = 124
         reader.join()
-        ours.close()
+        os.close(ours)
         assert command.channel is not None
         result, error = command.channel.finish(process.returncode, stderr)
         return Outcome(process.returncode, stdout.decode(), stderr.decode(), _json(result), _json(error))
 
 
-def _read(end: socket.socket, channel: Any) -> None:
-    while data := end.recv(65536):
+def _read(end: int, channel: Any) -> None:
+    while data := os.read(end, 65536):
         channel.feed(data)
 
 
@@ -119,4 +118,4 @@ def make_scripts(root: Path, patch: pytest.MonkeyPatch) -> Scripts:
     return made
 
 
-__all__ = ["ABSENT", "Outcome", "Scripts", "make_scripts", "os"]
+__all__ = ["ABSENT", "Outcome", "Scripts", "make_scripts"]

@@ -254,7 +254,7 @@ def test_changed_builtins_change_nothing(scripts: Scripts, language: str) -> Non
         TextEncoder.prototype.encode = () => new Uint8Array(); globalThis.setTimeout = globalThis.queueMicrotask = null;
         globalThis.Error = globalThis.RangeError = globalThis.Map = function () {};
         Array.prototype.push = Function.prototype.call = Function.prototype.apply = Function.prototype.bind = null;
-        globalThis.process && Object.assign(process, {send() {}, emit() {}});
+        typeof Deno === "undefined" && Object.assign(process, {send() {}, emit() {}});
         result.set({m: new (Object.getPrototypeOf(new Set()).constructor)([1]), list: ["a"], n: 1n});
         result.error(new TypeError("real"));"""
     got = scripts.run(language, code)

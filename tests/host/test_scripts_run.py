@@ -110,12 +110,13 @@ def test_deno_files(scripts: Scripts, tmp_path: Path) -> None:
         tell(() => Deno.writeTextFileSync("mine", "1")); tell(() => Deno.readTextFileSync("mine"));
         tell(() => Deno.readTextFileSync("/etc/passwd")); tell(() => Deno.writeTextFileSync("/etc/x", ""));
         tell(() => Deno.readTextFileSync("/etc/hosts")); tell(() => Deno.readTextFileSync("/proc/self/environ"));
+        tell(() => Deno.openSync("/proc/self/fd/3", {write: true}));
         tell(() => new Deno.Command("true").outputSync()); tell(() => Deno.hostname());
         try { await Deno.connect({hostname: "127.0.0.1", port: 1}) } catch (e) { seen.push(e.name) }
         result.set(seen);"""
     got = scripts.run("ts", code)
     denied = "NotCapable"
-    assert got.result == [True, True, denied, denied, True, denied, denied, denied, denied]
+    assert got.result == [True, True, denied, denied, True, denied, denied, denied, denied, denied]
     assert scripts.run("ts", code, allow_net=True).result[-1] == "ConnectionRefused"  # tried, and nobody listens
 
 
@@ -133,6 +134,14 @@ def test_no_colour_and_no_prompt(scripts: Scripts) -> None:
     assert got.exit_code == 1 and "\x1b" not in got.stdout + got.stderr
     got = scripts.run("js", "console.log({a: 'x'}); null.x", env={"TERM": "xterm-256color"})
     assert got.exit_code == 1 and "\x1b" not in got.stdout + got.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["--deny-write"], ["--deny-write=/proc"], ["-A"], ["--allow-write"], ["-W=/etc"], ["-R"]]
+)
+def test_the_channel_works_whatever_may_be_written(scripts: Scripts, flags: list[str]) -> None:
+    got = scripts.run("ts", "result.set([1]); throw new TypeError('t')", flags=flags)
+    assert (got.exit_code, got.result, got.error["name"]) == (1, [1], "TypeError")
 
 
 @BOTH
@@ -239,7 +248,10 @@ def test_refused_node_flags(flag: str) -> None:
 
 def test_permissions_are_exactly_the_promised_ones() -> None:
     system = "/tmp,/var/tmp,/etc/resolv.conf,/etc/hosts,/etc/ssl,/usr/lib/ssl,/usr/share/ca-certificates"
-    files = [f"--allow-read=/workspace,/home/user,{system}", "--allow-write=/workspace,/home/user,/tmp,/var/tmp"]
+    files = [
+        f"--allow-read=/workspace,/home/user,{system}",
+        "--allow-write=/workspace,/home/user,/tmp,/var/tmp,/proc/self/fd/3",
+    ]
     args: tuple[list[str], str, str] = ([], "/workspace", "/home/user")
     assert deno_permissions(*args, [], allow_net=False) == [*files, "--cached-only"]
     assert deno_permissions(*args, ["A", "B"], allow_net=True) == [

@@ -6,7 +6,7 @@ would become the program, and some flags run something else, wait for somebody o
 
 from __future__ import annotations
 
-from .job import CallFailed
+from .job import CHANNEL_FD, CallFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ NODE_REFUSED = frozenset(
 NODE_REFUSED_FAMILIES = ("--inspect", "--debug", "--watch", "--test")
 
 _READABLE = "/tmp,/var/tmp,/etc/resolv.conf,/etc/hosts,/etc/ssl,/usr/lib/ssl,/usr/share/ca-certificates"
-_WRITABLE = "/tmp,/var/tmp"
+# The last one is how the preload opens its channel; it gives that permission back before the program begins.
+_WRITABLE = f"/tmp,/var/tmp,/proc/self/fd/{CHANNEL_FD}"
 
 
 def check_deno_flags(flags: Iterable[str]) -> list[str]:

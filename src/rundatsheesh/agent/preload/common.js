@@ -1,11 +1,10 @@
 // The global `result` of run-ts and run-js. Runs before the user's program, which may change any built-in afterwards,
 // so everything needed later is taken here. One module with what precedes it (const LIMIT: bytes of JSON that `result`
 // may carry; const CHANNEL: the descriptor that leads out; const FROM_CODE: whether the program is given as text) and
-// with deno.js or node.js, which follows it and defines failed().
+// with deno.js or node.js, which follows it and defines put(bytes, at), a write(2) that tells how much went, and failed().
 //
 // What goes out is a line of JSON, a string: a letter, then JSON text. r: the result. e: the error that the program
 // reported. u: an error that nobody caught. h: somebody did catch that one. x: the program has come to its end.
-import { writeSync } from "node:fs";
 
 const { apply } = Reflect;
 const { stringify } = JSON;
@@ -25,7 +24,7 @@ const byteLength = (text) => apply(encode, encoder, [text]).length;
 // Returns when the other end has it or the socket holds it, so that no exit loses it.
 function write(letter, json) {
   const bytes = apply(encode, encoder, [stringify(letter + json) + "\n"]);
-  for (let at = 0; at < bytes.length;) at += writeSync(CHANNEL, bytes, at, bytes.length - at);
+  for (let at = 0; at < bytes.length;) at += put(bytes, at);
 }
 
 function fromMap(map) {
