@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -26,6 +28,7 @@ RECORD = struct.Struct(">cHHQq")
 PATH_MAX = 4096  # of the kernel, with the NUL at its end
 _BLOCK = 4096  # of the workspace's file system: what even a small file takes
 _BUFFER = 1 << 18
+_DIRECT_FROM = 1 << 20  # bytes from which a file is worth a path of its own to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHANGED = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST)
 
@@ -90,6 +93,19 @@ class Reader:
         piece = self._ready[:limit]
         self._ready = self._ready[limit:]
         return piece
+
+    def fill(self, view: memoryview) -> None:
+        """Fill all of it; what was not read ahead arrives there without another copy."""
+        while view:
+            if self._ready:
+                piece = self.some(len(view))
+                view[: len(piece)] = piece
+                size = len(piece)
+            else:
+                size = os.readv(self._source, [view])
+                if size == 0:
+                    raise CallFailed("upload_incomplete", "the upload ended before its announced length")
+            view = view[size:]
 
     def exactly(self, size: int) -> bytes:
         collected = bytearray()
@@ -258,7 +274,7 @@ def _write_new(path: bytes, entry: Entry, reader: Reader) -> None:
     """FileExistsError when the name is taken, before anything is read."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, entry.mode)
     try:
-        left = entry.size
+        left = entry.size - (_write_direct(fd, entry.size, reader) if entry.size >= _DIRECT_FROM else 0)
         while left:
             piece = reader.some(left)
             left -= len(piece)
@@ -267,6 +283,34 @@ def _write_new(path: bytes, entry: Entry, reader: Reader) -> None:
         os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
     finally:
         os.close(fd)
+
+
+def _write_direct(fd: int, size: int, reader: Reader) -> int:
+    """Write the whole blocks of a large file past the kernel's cache; the number of bytes written, 0 where the file
+    system does not offer it. An emulated CPU takes ten times longer to fill the cache than the disk to write."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+    except OSError:
+        return 0
+    whole = size - size % _BLOCK
+    written = 0
+    with mmap.mmap(-1, _BUFFER) as aligned, memoryview(aligned) as buffer:
+        while written < whole:
+            with buffer[: min(_BUFFER, whole - written)] as piece:
+                reader.fill(piece)
+                _write_blocks(fd, piece, flags)
+                written += len(piece)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+    return written
+
+
+def _write_blocks(fd: int, piece: memoryview, flags: int) -> None:
+    done = os.write(fd, piece)
+    if done < len(piece):  # a nearly full disk: the rest is no longer aligned, so it goes the usual way
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+    while done < len(piece):
+        done += os.write(fd, piece[done:])
 
 
 def _lstat(path: bytes) -> os.stat_result | None:

@@ -33,8 +33,10 @@ class PortTransport:
         self._waiter = Waiter(signal.SIGIO)
         self._fd = os.open(_find(name), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         fcntl.fcntl(self._fd, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_ASYNC)
+        self._flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        self._want_signal(True)
         self._connection = Connection(self._fd, self._loop, server.hello, server.dispatch)
+        self._connection.piecemeal = True
         self._connection.restart(hunting=True)
         self._watched = False
         self._loop.watch(self._waiter.fd, self._on_signal)
@@ -51,7 +53,12 @@ class PortTransport:
         poll.register(self._fd, select.POLLIN)
         if not any(events & select.POLLHUP for _, events in poll.poll(0)):
             self._watched = True
+            self._want_signal(False)
             self._loop.watch(self._fd, self._on_ready)
+
+    def _want_signal(self, wanted: bool) -> None:
+        """Only while nobody is there: the kernel sends one for each page that arrives, too."""
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, self._flags | os.O_ASYNC if wanted else self._flags)
 
     def _on_ready(self, events: int) -> None:
         try:
@@ -60,6 +67,7 @@ class PortTransport:
             if not self._connection.read():
                 self._loop.forget(self._fd)
                 self._watched = False
+                self._want_signal(True)
                 self._connection.restart(hunting=True)
                 self._watch_if_connected()  # somebody may have come in between
         except wire.ProtocolError as error:

@@ -269,7 +269,7 @@ class GuestEnd(_End):
         self._request_call = 0
         self._request = bytearray()
 
-    def receive(self, data: bytes) -> list[Event]:
+    def receive(self, data: bytes | memoryview) -> list[Event]:
         """Take bytes of the host; ProtocolError when they are not of this protocol."""
         self._buffer += data
         if self._hunting and not self._found_sync():
