@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server_support import ENGINES, Dns, Server
+from server_support import ENGINES, Dns, Server, new_server
 
 FULL = "gvisor"  # the engine that runs everything unless --engine says otherwise
 
@@ -45,11 +44,6 @@ def directory() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="rdst-"))
     yield made
     shutil.rmtree(made)
-
-
-def new_server(directory: Path, dns: Dns, **settings: str) -> Server:
-    name = secrets.token_hex(3)
-    return Server(directory / name, Path("/run") / f"rdst-{name}", {"DNS_SERVER_IP": dns.address, **settings})
 
 
 @pytest.fixture(scope="session")

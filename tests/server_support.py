@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -160,6 +161,12 @@ class Server:
             *(f"file {path}" for path in self.runtime.glob("*/*")),
             *_rules(block, alive),
         ]
+
+
+def new_server(directory: Path, names: Dns, **settings: str) -> Server:
+    """One that asks `names`; not started yet."""
+    name = secrets.token_hex(3)
+    return Server(directory / name, Path("/run") / f"rdst-{name}", {"DNS_SERVER_IP": names.address, **settings})
 
 
 @dataclass

@@ -1,0 +1,159 @@
+"""Shell commands: results, limits, ends."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from server_support import Box, eventually
+
+NewVm = Callable[..., Box]
+
+KEPT = 2 << 20  # MAX_OUTPUT_BYTES
+
+
+@pytest.mark.every_engine
+def test_the_shape_of_a_result(box: Box) -> None:
+    done = box.exec("echo out; echo err >&2; exit 3")
+    assert {name: done[name] for name in ("exitCode", "stdout", "stderr", "timedOut", "truncated")} == {
+        "exitCode": 3,
+        "stdout": "out\n",
+        "stderr": "err\n",
+        "timedOut": False,
+        "truncated": False,
+    }
+    assert isinstance(done["durationMs"], int) and done["durationMs"] >= 0
+
+
+@pytest.mark.every_engine
+def test_it_is_a_login_bash_in_the_workspace(box: Box) -> None:
+    assert box.output("shopt -q login_shell && echo $BASH_VERSION | cut -c1; pwd").split() == ["5", "/workspace"]
+
+
+def test_cwd(box: Box) -> None:
+    box.output("mkdir -p a/b; ln -sfn /etc a/out; ln -sfn b a/in; touch a/file")
+    assert box.output("pwd", cwd="/workspace/a/b") == "/workspace/a/b\n"
+    assert box.output("pwd", cwd="a/b") == "/workspace/a/b\n"
+    assert box.exec("pwd", cwd="/workspace/a/in")["exitCode"] == 0
+    for outside in ("/", "/etc", "/workspace/../etc", "/workspacex", "/workspace/a/out"):
+        refused = box.post("exec", {"cmd": "pwd", "cwd": outside})
+        assert (refused.status_code, refused.json()["code"]) == (400, "path_outside_workspace"), outside
+    assert box.post("exec", {"cmd": "pwd", "cwd": "/workspace/missing"}).status_code in (400, 404)
+    assert box.post("exec", {"cmd": "pwd", "cwd": "/workspace/a/file"}).status_code in (400, 404, 409)
+
+
+def test_env(box: Box) -> None:
+    value = "spaces, 'quotes', $dollar\nand lines, ünïcode"
+    assert box.output('printf %s "$ODD"', env={"ODD": value}) == value
+    assert box.output('echo "[$ODD]"') == "[]\n"
+
+
+@pytest.mark.every_engine
+def test_timeout_kills_the_whole_tree(box: Box) -> None:
+    begun = time.monotonic()
+    done = box.exec("echo before; (setsid sleep 999 &); sleep 999", timeoutMs=500)
+    took = time.monotonic() - begun
+    assert (done["exitCode"], done["timedOut"], done["stdout"]) == (124, True, "before\n")
+    assert took < box.scale(1.5), took
+    assert box.output("pgrep -x sleep || true") == ""
+
+
+def test_a_timeout_cannot_be_ignored(box: Box) -> None:
+    deaf = "import os, time; os.fork() or os.setsid(); time.sleep(99)"
+    done = box.exec(f"trap '' TERM INT HUP; python3 -c '{deaf}'", timeoutMs=int(box.scale(700)))
+    assert done["exitCode"] == 124, done
+    assert box.output("pgrep -x python3 -u user || true") == ""
+
+
+@pytest.mark.every_engine
+@pytest.mark.parametrize("signal", [9, 15, 11, 6])
+def test_a_signal_gives_128_and_its_number(box: Box, signal: int) -> None:
+    assert box.exec(f"kill -{signal} $$")["exitCode"] == 128 + signal
+
+
+def test_output_that_fits_is_whole(box: Box) -> None:
+    done = box.exec(f"head -c {KEPT} /dev/zero | tr '\\0' x; head -c {KEPT} /dev/zero | tr '\\0' y >&2")
+    assert (len(done["stdout"]), len(done["stderr"]), done["truncated"]) == (KEPT, KEPT, False)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_beyond_the_cap_keeps_head_and_tail(box: Box, stream: str) -> None:
+    to = ">&2" if stream == "stderr" else ""
+    written = 9 + (8 << 20) + 7
+    done = box.exec(f"(echo 'the head'; head -c {8 << 20} /dev/zero | tr '\\0' m; echo; echo 'a tail') {to}")
+    text = done[stream]
+    assert done["truncated"] is True and done["exitCode"] == 0
+    assert text.startswith("the head\nmmm") and text.endswith("mmm\na tail\n")
+    assert KEPT - 64 <= text.count("m") <= KEPT + 64
+    marker = text.replace("m" * 100, "")
+    missing = written + 1 - (len(text.encode()) - len(marker_line(text)))
+    assert any(abs(int(number) - missing) <= 8 for number in numbers(marker)), (missing, marker[:400])
+
+
+def marker_line(text: str) -> str:
+    """The line between head and tail, with its line ends."""
+    inside = next(line for line in text.split("\n") if "bytes" in line)
+    return f"\n{inside}\n"
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d{4,}", text.replace(",", ""))
+
+
+@pytest.mark.every_engine
+def test_bytes_that_are_no_text_are_replaced(box: Box) -> None:
+    done = box.exec(r"printf 'a\xff\xfe\xc3b\x00c'; head -c 10000 /dev/urandom >&2")
+    assert done["exitCode"] == 0
+    assert done["stdout"].startswith("a\ufffd") and done["stdout"].endswith("b\x00c")
+    assert len(done["stderr"]) > 1000
+
+
+@pytest.mark.every_engine
+def test_background_processes_live_on(box: Box) -> None:
+    begun = time.monotonic()
+    box.output(
+        "nohup bash -c 'while true; do date +%s%N > t && mv t tick; sleep 0.1; done' > /dev/null 2>&1 & echo $! > pid"
+    )
+    assert time.monotonic() - begun < box.scale(3), "a call does not wait for what it left behind"
+    first = box.output("while [ ! -e tick ]; do sleep 0.1; done; cat tick")
+    time.sleep(2)
+    late, now = map(int, box.output("cat tick; date +%s%N").split())
+    assert now - late < box.scale(1.5) * 1e9, "it ran while no call was open"
+    assert int(first) < late
+    assert box.output("kill $(cat pid) && rm -f tick pid && echo gone") == "gone\n"
+
+
+def test_calls_run_beside_each_other(box: Box) -> None:
+    results: list[tuple[int, str]] = []
+
+    def one(number: int) -> None:
+        results.append((number, box.output(f"sleep 1; echo {number}")))
+
+    begun = time.monotonic()
+    callers = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sorted(results) == [(number, f"{number}\n") for number in range(8)]
+    assert time.monotonic() - begun < 8 or box.scale(1) > 1.5
+
+
+def test_a_client_that_leaves_ends_its_call(box: Box) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        box.post("exec", {"cmd": "exec -a abandoned sleep 999"}, timeout=1)
+    eventually(lambda: box.output("pgrep -f ^abandoned || true") == "", box.scale(10), "the process is gone")
+
+
+def test_standard_input_is_empty(box: Box) -> None:
+    assert box.output("cat; echo $?") == "0\n"
+
+
+@pytest.mark.parametrize("size", [100_000, 131_071])
+def test_long_commands(box: Box, size: int) -> None:
+    assert box.output("echo ok #" + "x" * (size - 9)) == "ok\n"

@@ -1,0 +1,106 @@
+"""VMs outlive their manager: after a crash and after an orderly end, the next one finds them as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server_support import Dns, Server, eventually, new_server
+
+TICKER = "while true; do date +%s%N > t && mv t tick; sleep 0.1; done"
+
+pytestmark = pytest.mark.every_engine
+
+
+@pytest.fixture(scope="module")
+def mortal(directory: Path, dns: Dns) -> Iterator[Server]:
+    """A server of this file's own, to be killed."""
+    with new_server(directory, dns).running() as started:
+        yield started
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_vms_are_adopted(mortal: Server, engine: str, end: str) -> None:
+    box, stopped = mortal.create(engine, allowIps=["172.16.0.1"], outboundInternet=True), mortal.create(engine)
+    try:
+        assert stopped.post("stop").status_code == 204
+        box.output(f"nohup bash -c '{TICKER}' >/dev/null 2>&1 & echo $! > pid")
+        box.output("while [ ! -e tick ]; do sleep 0.1; done")
+        before, pid = box.look(), box.output("cat pid")
+        mortal.kill() if end == "kill" else mortal.stop()
+        mortal.start()
+        after = box.look()
+        assert after == before, "the same VM, the same boot"
+        assert stopped.look()["state"] == "STOPPED"
+        assert box.output("kill -0 $(cat pid) && cat pid") == pid
+        first = box.output("cat tick")
+        eventually(lambda: box.output("cat tick") != first, box.scale(5), "its background process runs on")
+        assert box.ts("result.set(1)")["result"] == 1
+        assert stopped.post("start").status_code == 204
+    finally:
+        box.delete()
+        stopped.delete()
+    assert mortal.traces() == []
+
+
+def test_a_call_that_was_open_is_told_in_the_log(mortal: Server, engine: str) -> None:
+    box = mortal.create(engine)
+    try:
+        broken: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                box.post("exec", {"cmd": "touch on; sleep 99"})
+            except httpx.HTTPError as error:
+                broken.append(error)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        eventually(lambda: "on" in box.output("ls"), box.scale(10), "the command runs")
+        mortal.kill()
+        caller.join()
+        assert broken
+        mortal.start()
+        entries = mortal.http.get(f"{box.path}/exec-logs", params={"type": "exec"}).json()["entries"]
+        interrupted = [entry for entry in entries if "sleep 99" in entry["input"]]
+        assert interrupted and interrupted[0]["error"] == "interrupted", entries
+        assert box.output("echo fine") == "fine\n"
+    finally:
+        box.delete()
+    assert mortal.traces() == []
+
+
+def test_sessions_and_keys_survive(mortal: Server) -> None:
+    with httpx.Client(base_url=mortal.url) as browser:
+        browser.post("/auth/login", json={"email": "admin@localhost", "password": "admin"}).raise_for_status()
+        secret = browser.post("/v1/admin/api-keys", json={"name": "lasting"}).json()["secret"]
+        token = browser.cookies["rds_session"]
+    mortal.kill()
+    mortal.start()
+    assert httpx.get(mortal.url + "/v1/vms", headers={"Cookie": f"rds_session={token}"}).status_code == 200
+    assert httpx.get(mortal.url + "/v1/vms", headers={"X-API-Key": secret}).status_code == 200
+
+
+def test_half_made_vms_are_cleaned_up(mortal: Server, engine: str) -> None:
+    def create() -> None:
+        try:
+            mortal.create(engine)
+        except (httpx.HTTPError, AssertionError):
+            return
+
+    makers = [threading.Thread(target=create) for _ in range(3)]
+    for maker in makers:
+        maker.start()
+    eventually(lambda: any((mortal.storage / "vms").glob("*/*")), 20, "a VM is being made")
+    mortal.kill()
+    for maker in makers:
+        maker.join()
+    mortal.start()
+    for vm in mortal.http.get("/v1/vms").json():
+        assert vm["state"] in ("RUNNING", "ERROR", "STOPPED"), vm
+        assert mortal.http.delete(f"/v1/vms/{vm['id']}").status_code == 204
+    assert mortal.traces() == []
