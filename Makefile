@@ -38,8 +38,8 @@ format: ## put the code into its one format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: ## measure what is promised
-	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) -m pytest tests/bench -s
+bench: ## measure what is promised, beside the bare runtime: docs/benchmark.svg (BENCH=--full for all)
+	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) tests/bench $(BENCH)
 
 # Resolves the direct dependencies of pyproject.toml, and the guest's runtimes, for every supported Python and
 # architecture, and writes exact versions with the hashes of all their files. No download address is recorded: pip takes

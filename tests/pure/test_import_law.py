@@ -24,6 +24,7 @@ HEIGHT = {
     "net": 3,
     "store": 3,
     "vms": 4,
+    "expiry": 5,
     "pool": 5,
     "reconcile": 5,
     "api": 6,
@@ -86,7 +87,14 @@ def test_the_agent_imports_the_standard_library_only(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if name.startswith(("rundatsheesh.client", "rundatsheesh.commands.vm"))]
+    "name",
+    [
+        name
+        for name in NAMES
+        if name.startswith(
+            ("rundatsheesh.client", "rundatsheesh.bench", "rundatsheesh.commands.vm", "rundatsheesh.commands.bench")
+        )
+    ],
 )
 def test_the_client_imports_neither_manager_nor_agent(name: str) -> None:
     for imported in imports(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import time
 from collections.abc import Iterable
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -40,6 +41,7 @@ class Connection:
 
     def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
         """The body of a success; raises UnexpectedAnswerError for anything else, ConnectionFailed without an answer."""
+        self._renew()
         headers = self._headers if body is None else {**self._headers, "Content-Type": kind}
         try:
             self._http.request(method, self._prefix + path, body, headers)
@@ -58,6 +60,7 @@ class Connection:
 
     def drain(self, path: str) -> int:
         """GET without keeping what arrives; the number of bytes."""
+        self._renew()
         try:
             self._http.request("GET", self._prefix + path, headers=self._headers)
             answer = self._http.getresponse()
@@ -67,6 +70,11 @@ class Connection:
         except (OSError, HTTPException) as error:
             self._http.close()
             raise ConnectionFailed(str(error) or type(error).__name__) from error
+
+    def _renew(self) -> None:
+        """Servers close connections that rest for long; the next request then opens another."""
+        if self._http.sock is not None and select.select([self._http.sock], [], [], 0)[0]:
+            self._http.close()
 
 
 def _pieces(read: Any) -> Iterable[bytes]:

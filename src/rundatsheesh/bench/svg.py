@@ -65,14 +65,18 @@ def _draw_group(drawing: _Drawing, heading: str, rows: Sequence[Row]) -> None:
     drawing.y += HEAD - STEP
     drawing.text(MARGIN, heading, kind="group")
     drawing.y += STEP
-    scale = (WIDTH - LABELS - NUMBERS) / _largest(rows)
+    largest = _largest(rows)
+
+    def width(value: float) -> float:
+        return max(value, 0) / largest * (WIDTH - LABELS - NUMBERS)
+
     for row in rows:
         summary = row.summary
         is_bare = row.measure.title.startswith(BARE)
         drawing.text(LABELS - 8, row.measure.title.removeprefix(BARE), anchor="end")
-        drawing.bar(max(summary.median, 0) * scale, max(summary.p95, 0) * scale, "bare" if is_bare else "ours")
+        drawing.bar(width(summary.median), width(summary.p95), "bare" if is_bare else "ours")
         ratio = "" if row.ratio is None else f"  ({row.ratio:.2f} {TIMES} bare)"
-        drawing.text(LABELS + max(summary.median, summary.p95, 0) * scale + 6, number(summary.median) + ratio)
+        drawing.text(LABELS + width(max(summary.median, summary.p95)) + 6, number(summary.median) + ratio)
         drawing.y += STEP
 
 
