@@ -21,7 +21,9 @@ from rundatsheesh.manager.model import (
     ExecCall,
     ExecLogEntry,
     ExecLogPage,
+    Healing,
     Isolation,
+    Leak,
     LogView,
     ProvisionMode,
     ScriptCall,
@@ -69,6 +71,14 @@ class FakeVms:
     hang: asyncio.Event | None = None  # set: calls wait for it
     began: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: int = 0
+    leaks: list[Leak] = field(default_factory=list)
+
+    async def audit(self) -> list[Leak]:
+        return self.leaks
+
+    async def reconcile(self) -> Healing:
+        healed, self.leaks = tuple(self.leaks), []
+        return Healing(healed, ())
 
     async def _note(self, asked: Any, caller: Caller) -> None:
         self.asked.append(asked)
@@ -258,6 +268,8 @@ async def serve(directory: Path, **settings: Any) -> AsyncIterator[Server]:
             history=store.history,
             overview=lambda: collect_overview(vms.records.values(), storage_root=directory, max_vms=parsed.max_vms),
             readiness=lambda: readiness[0],
+            audit=vms.audit,
+            reconcile=vms.reconcile,
         )
     )
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

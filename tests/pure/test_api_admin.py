@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 from api_support import KEY, Server, serve
 
-from rundatsheesh.manager.api.schemas.admin import ActivityView, ApiKeyView, NewApiKeyView, OverviewView
-from rundatsheesh.manager.model import Caller
+from rundatsheesh.manager.api.schemas.admin import (
+    ActivityView,
+    ApiKeyView,
+    HealingView,
+    LeaksView,
+    NewApiKeyView,
+    OverviewView,
+)
+from rundatsheesh.manager.model import Caller, Leak, LeakKind
 
 
 @pytest.fixture
@@ -92,3 +99,14 @@ async def test_activity(server: Server) -> None:
     whole = (await server.client.get("/v1/admin/activity", headers=KEY)).json()
     assert whole["entries"][-1]["kind"] == "login" and not whole["hasMore"]
     assert (await server.client.get("/v1/admin/activity?limit=0", headers=KEY)).status_code == 400
+
+
+async def test_leaks_are_shown_and_healed(server: Server) -> None:
+    server.vms.leaks = [Leak(LeakKind.LINK, "rds0-300", None), Leak(LeakKind.CGROUP, "/x/vm-1", "vm-1")]
+    answer = await server.client.get("/v1/admin/leaks", headers=KEY)
+    LeaksView.model_validate(answer.json())
+    assert answer.json()["leaks"][0] == {"kind": "link", "name": "rds0-300", "vmId": None}
+    healed = await server.client.post("/v1/admin/reconcile", headers=KEY)
+    HealingView.model_validate(healed.json())
+    assert [leak["kind"] for leak in healed.json()["healed"]] == ["link", "cgroup"]
+    assert (await server.client.get("/v1/admin/leaks", headers=KEY)).json() == {"leaks": []}

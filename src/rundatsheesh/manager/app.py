@@ -97,6 +97,8 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
             history=store.history,
             overview=lambda: _overview(settings, store),
             readiness=lambda: _readiness(settings, host),
+            audit=reconciler.audit,
+            reconcile=reconciler.round,
         )
 
 

@@ -273,6 +273,38 @@ class Overview:
     disk_free: int
 
 
+class LeakKind(StrEnum):
+    """What can be on a host in a VM's name. In the order in which it is taken away."""
+
+    PROCESS = "process"
+    CGROUP = "cgroup"
+    LINK = "link"
+    NAMESPACE = "namespace"
+    RULES = "rules"
+    SOCKET = "socket"
+    MOUNT = "mount"
+    LOOP_DEVICE = "loop_device"
+    DIRECTORY = "directory"
+    RECORD = "record"  # the other way round: it says that a VM runs, or is being worked on, and neither is so
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """One difference between the records and the host."""
+
+    kind: LeakKind
+    name: str  # pid, path, link name, ... : what the host calls it
+    vm_id: str | None  # whose it is or was, where its name says so; that VM may have no record any more
+
+
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """What a round of reconciliation found and removed, and what is still there after it."""
+
+    healed: tuple[Leak, ...]
+    remaining: tuple[Leak, ...]
+
+
 def now() -> datetime:
     return datetime.now(UTC)
 

@@ -1,4 +1,4 @@
-"""What the host has under this manager's names although no record says so."""
+"""Takes away what the audit found of VMs that have no record, kind by kind."""
 
 from __future__ import annotations
 
@@ -6,53 +6,63 @@ import asyncio
 import shutil
 from pathlib import Path
 
-from rundatsheesh.manager.disk import workspace
-from rundatsheesh.manager.host import mounts
-from rundatsheesh.manager.host.cgroup_layout import find_layout
-from rundatsheesh.manager.host.cgroups import Cgroups
-from rundatsheesh.manager.store import Store
-from rundatsheesh.manager.vms_host import VmHost
+from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.host import loops, mounts
+from rundatsheesh.manager.model import Leak, LeakKind
+from rundatsheesh.manager.net.links import slot_of
+from rundatsheesh.manager.vms_audit import NETWORK_KINDS, Site
 
 
-async def remove_orphans(host: VmHost, store: Store) -> list[str]:
-    """Remove cgroups with their processes, networks, mounts and directories of VMs that have no record; what was
-    removed, in words.
-
-    The host is looked at before the records, and records come before their resources, so nothing that is being made is
-    taken for an orphan. Slots are handed out in rotation, so one that was just freed is not in new hands meanwhile."""
-    cgroups = Cgroups(find_layout(), f"rundatsheesh-{host.node.id}")
-    groups = set(await asyncio.to_thread(cgroups.list_names))
-    slots = await host.network.list_present()
-    directories = await asyncio.to_thread(_vm_directories, host)
-    records = await store.list_all(host.node.id)
-    ids, used = {record.id for record in records}, {record.slot for record in records}
-    removed: list[str] = []
-    for name in sorted(groups - ids):
-        group = cgroups.group(name)
-        await asyncio.to_thread(group.kill)
-        await asyncio.to_thread(group.remove)
-        removed.append(f"cgroup {name}")
-    for slot in sorted(slots - used, key=lambda slot: slot.number):
-        await host.network.detach(slot)
-        removed.append(f"network {slot.link}")
-    for directory in directories:
-        if directory.name not in ids:
-            await _remove_directory(directory)
-            removed.append(f"directory {directory}")
-    return removed
+async def remove_orphan(site: Site, leak: Leak) -> None:
+    """Idempotent: what is gone already, perhaps with another leak of the same VM, is fine. Raises HostError or OSError
+    for what cannot be removed."""
+    if leak.kind in NETWORK_KINDS:
+        slot = slot_of(leak.name)
+        if slot is not None:
+            await site.network.detach(slot)
+    elif leak.kind in (LeakKind.PROCESS, LeakKind.CGROUP):
+        await asyncio.to_thread(_end_group, site, leak)
+    else:
+        await asyncio.to_thread(_REMOVE[leak.kind], site, Path(leak.name))
 
 
-def _vm_directories(host: VmHost) -> list[Path]:
-    roots = (host.layout.vms, host.layout.runtime_dir / host.node.id)
-    return [entry for root in roots if root.is_dir() for entry in root.iterdir()]
+def _end_group(site: Site, leak: Leak) -> None:
+    """Processes are ended by their group, which no pid that was given to a stranger meanwhile is in."""
+    group = site.cgroups.group(str(leak.vm_id))
+    group.kill()
+    group.remove()
 
 
-async def _remove_directory(directory: Path) -> None:
-    await workspace.unmount(directory / "workspace")
-    await asyncio.to_thread(_unmount_and_remove, directory)
+def _remove_socket(_: Site, path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
-def _unmount_and_remove(directory: Path) -> None:
-    while mounts.find_mount(directory) is not None:
-        mounts.unmount(directory)
-    shutil.rmtree(directory)
+def _unmount(_: Site, target: Path) -> None:
+    while mounts.unmount(target):
+        continue
+
+
+def _detach_loop(site: Site, device: Path) -> None:
+    minor = int(device.name.removeprefix("loop"))
+    file = loops.backing_file(minor)
+    # It frees itself with its last mount, and the next one to take it may be anybody.
+    if file is not None and site.owner_of(file) is not None:
+        loops.detach(minor)
+
+
+def _remove_directory(_: Site, directory: Path) -> None:
+    mounted = [m.target for m in mounts.list_mounts() if m.target.is_relative_to(directory)]
+    if mounted:
+        raise HostError(f"{directory} is kept: something is mounted at {mounted[-1]}")
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return
+
+
+_REMOVE = {
+    LeakKind.SOCKET: _remove_socket,
+    LeakKind.MOUNT: _unmount,
+    LeakKind.LOOP_DEVICE: _detach_loop,
+    LeakKind.DIRECTORY: _remove_directory,
+}

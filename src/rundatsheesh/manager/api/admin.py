@@ -1,4 +1,4 @@
-"""/v1/admin: API keys, how full the host is, what happened."""
+"""/v1/admin: API keys, how full the host is, what happened, what leaked."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rundatsheesh.manager.api.schemas.admin import (
     ActivityView,
     ApiKeyView,
     CreateApiKeyBody,
+    HealingView,
+    LeaksView,
     NewApiKeyView,
     OverviewView,
 )
@@ -85,3 +87,21 @@ async def get_activity(request: Request) -> Response:
     entries = await services_of(request).history.activity(limit + 1)
     shown = [views.activity_entry(entry) for entry in entries[:limit]]
     return views.answer({"entries": shown, "hasMore": len(entries) > limit})
+
+
+@router.get("/leaks", **operation("getLeaks", "Compare the records with the host", answer=LeaksView, errors=(403,)))
+async def get_leaks(request: Request) -> Response:
+    require_admin(request.scope)
+    return views.answer({"leaks": [views.leak(leak) for leak in await services_of(request).audit()]})
+
+
+@router.post(
+    "/reconcile",
+    **operation(
+        "reconcile", "Heal what differs between records and host, now", answer=HealingView, errors=_BODY_ERRORS
+    ),
+)
+async def reconcile(request: Request) -> Response:
+    require_admin(request.scope)
+    await read_nothing(request)
+    return views.answer(views.healing(await services_of(request).reconcile()))

@@ -14,6 +14,8 @@ from rundatsheesh.manager.model import (
     CreateVm,
     ExecCall,
     ExecLogPage,
+    Healing,
+    Leak,
     LogView,
     Overview,
     ScriptCall,
@@ -120,3 +122,5 @@ class Services:
     history: ActivityService
     overview: Callable[[], Awaitable[Overview]]
     readiness: Callable[[], Readiness]
+    audit: Callable[[], Awaitable[list[Leak]]]
+    reconcile: Callable[[], Awaitable[Healing]]

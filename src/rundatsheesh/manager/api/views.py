@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from rundatsheesh.manager.api.services import CallOutcome
 from rundatsheesh.manager.errors import GuestMisbehaved
-from rundatsheesh.manager.model import ActivityEntry, ApiKey, ExecLogEntry, LogView, Overview, VmRecord
+from rundatsheesh.manager.model import ActivityEntry, ApiKey, ExecLogEntry, Healing, Leak, LogView, Overview, VmRecord
 
 Json = dict[str, Any]
 
@@ -146,3 +146,11 @@ def overview(facts: Overview) -> Json:
         },
         "disk": {"totalBytes": facts.disk_total, "freeBytes": facts.disk_free},
     }
+
+
+def leak(found: Leak) -> Json:
+    return {"kind": found.kind.value, "name": found.name, "vmId": found.vm_id}
+
+
+def healing(done: Healing) -> Json:
+    return {"healed": [leak(one) for one in done.healed], "remaining": [leak(one) for one in done.remaining]}

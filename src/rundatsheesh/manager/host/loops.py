@@ -17,6 +17,7 @@ LOOP_MAJOR = 7
 _CONTROL = "/dev/loop-control"
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A  # Linux 5.8
+_LOOP_CLR_FD = 0x4C01
 _AUTOCLEAR = 4
 _DIRECT_IO = 16  # else every page of the disk is cached twice, once for the loop file system and once for the file
 # struct loop_config: fd, block size, then struct loop_info64, of which only the flags are set, then 8 reserved words
@@ -49,6 +50,29 @@ def backing_file(minor: int) -> Path | None:
         if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
             return None
         raise
+
+
+def list_backing_files() -> dict[int, Path]:
+    """The file behind every loop device that is in use, by the device's number."""
+    numbers = (int(entry.name.removeprefix("loop")) for entry in Path("/sys/block").glob("loop[0-9]*"))
+    found = {number: backing_file(number) for number in numbers}
+    return {number: file for number, file in found.items() if file is not None}
+
+
+def detach(minor: int) -> None:
+    """Take the file off the device; while something is mounted from it, the kernel waits for its unmount. Does nothing
+    for a device that is free."""
+    try:
+        device = os.open(f"/dev/loop{minor}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.ioctl(device, _LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    finally:
+        os.close(device)
 
 
 def _attach(file: int) -> tuple[int, Path]:

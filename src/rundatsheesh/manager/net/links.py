@@ -77,7 +77,15 @@ def names() -> set[str]:
 
 def present(block: int) -> set[str]:
     """Names of the block for which a link or a namespace exists."""
-    return {name for name in names() | kernel.namespace_names() if name.startswith(f"rds{block}-")}
+    own_links, own_namespaces = traces(block)
+    return own_links | own_namespaces
+
+
+def traces(block: int) -> tuple[set[str], set[str]]:
+    """Names of the block's links, and of its namespaces."""
+    prefix = f"rds{block}-"
+    own_links = {name for name in names() if name.startswith(prefix)}
+    return own_links, {name for name in kernel.namespace_names() if name.startswith(prefix)}
 
 
 def slot_of(link: str) -> Slot | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Literal, ParamSpec, TypeVar
@@ -30,6 +30,15 @@ class TapOwner:
 
     uid: int
     gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """Slots of which the host has a link, a namespace, rules."""
+
+    links: frozenset[Slot]
+    namespaces: frozenset[Slot]
+    rules: frozenset[Slot]
 
 
 class Network:
@@ -116,8 +125,13 @@ class Network:
 
     async def list_present(self) -> set[Slot]:
         """Slots of this block of which anything exists on the host: link, namespace or rules."""
-        names = await _in_thread(links.present, self._block) | await self._firewall.links()
-        return {slot for name in names if (slot := links.slot_of(name)) is not None}
+        return _slots_of(await _in_thread(links.present, self._block) | await self._firewall.links())
+
+    async def list_traces(self) -> Traces:
+        """As `list_present`, told apart."""
+        own_links, own_namespaces = await _in_thread(links.traces, self._block)
+        rules = await self._firewall.links()
+        return Traces(*(frozenset(_slots_of(names)) for names in (own_links, own_namespaces, rules)))
 
     async def refused_packets(self) -> dict[Slot, int]:
         """How many packets of each VM the policy has refused since the VM was attached or this manager opened."""
@@ -142,6 +156,11 @@ class Network:
         return await self._firewall.open_addresses(
             slot, addresses, seconds, lambda: self._resolver.policy_of(slot) is policy
         )
+
+
+def _slots_of(names: Iterable[str]) -> set[Slot]:
+    """The slots that have these names; a name that no slot has is not ours."""
+    return {slot for name in names if (slot := links.slot_of(name)) is not None}
 
 
 def _enable_forwarding() -> None:

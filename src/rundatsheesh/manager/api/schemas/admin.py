@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rundatsheesh.manager.api.schemas.base import Body, Line, Query, Text, Timestamp, View
+from rundatsheesh.manager.model import LeakKind
 
 
 class LoginBody(Body):
@@ -89,6 +90,21 @@ class ActivityEntryView(View):
 class ActivityView(View):
     entries: list[ActivityEntryView]
     has_more: bool
+
+
+class LeakView(View):
+    kind: Annotated[LeakKind, Field(strict=False)]
+    name: str = Field(description="What the host calls it: pid, path, link.", examples=["rds0-300"])
+    vm_id: str | None = Field(description="Whose it is or was, where that can be told.")
+
+
+class LeaksView(View):
+    leaks: list[LeakView] = Field(description="Differences between records and host; empty when all is well.")
+
+
+class HealingView(View):
+    healed: list[LeakView]
+    remaining: list[LeakView] = Field(description="What could not be healed; the log says why.")
 
 
 class HealthView(View):
