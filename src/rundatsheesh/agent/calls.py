@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .loop import Loop
 
 _READ = 1 << 18
+_PAGE = 4096
 
 
 class Cancelled(Exception):
@@ -151,7 +152,8 @@ class Connection:
         # Read into, again and again: memory that is new for each read has to be mapped and unmapped, which costs an
         # emulated CPU more than the bytes.
         self._buffer = memoryview(bytearray(_READ))
-        # Whether one call moves all it can: a virtio-serial port gives a page at a time, and takes eight.
+        self._pages = [self._buffer[at : at + _PAGE] for at in range(0, _READ, _PAGE)]
+        # Set for a virtio-serial port: it fills one element of a vector per page that it has, and takes eight pages.
         self.piecemeal = False
 
     def read(self) -> bool:
@@ -168,20 +170,12 @@ class Connection:
 
     def _fill(self) -> int | None:
         """The number of bytes that have arrived in the buffer, None when the stream has ended."""
-        size = 0
-        while size < _READ:
-            try:
-                more = os.readv(self._fd, [self._buffer[size:]])
-            except BlockingIOError:
-                break
-            except OSError:
-                more = 0
-            if more == 0:
-                return size or None  # what came before the end first
-            size += more
-            if not self.piecemeal:
-                break
-        return size
+        try:
+            return os.readv(self._fd, self._pages if self.piecemeal else [self._buffer]) or None
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return None
 
     def write(self) -> None:
         """Send what had to wait."""
