@@ -1,4 +1,4 @@
-"""Fixtures of the contract: VMs of the engine under test, and the proof after each file that nothing of them is left."""
+"""VMs of the engine under test, and the proof after each file of tests that nothing of them is left."""
 
 from __future__ import annotations
 

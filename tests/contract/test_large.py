@@ -70,16 +70,12 @@ def test_a_gigabyte_up_and_down(server: Server) -> None:
 def digest_of_download(box: Box) -> tuple[str, int]:
     """SHA-256 and size of the one file, without keeping it."""
     digest, size = hashlib.sha256(), 0
-    path = f"{box.path}/files/download"
-    with box.server.http.stream("GET", path, params={"path": "/workspace/in/large"}) as answer:
-        with tarfile.open(fileobj=Reader(answer.iter_raw(PIECE)), mode="r|gz") as tar:  # type: ignore[call-overload]
-            member = tar.next()
-            assert member is not None
-            content = tar.extractfile(member)
-            assert content is not None
-            while piece := content.read(PIECE):
-                digest.update(piece)
-                size += len(piece)
+    download = box.server.http.stream("GET", f"{box.path}/files/download", params={"path": "/workspace/in/large"})
+    with download as answer, tarfile.open(fileobj=Reader(answer.iter_raw(PIECE)), mode="r|gz") as tar:
+        content = tar.extractfile(tar.next())
+        while piece := content.read(PIECE):
+            digest.update(piece)
+            size += len(piece)
     return digest.hexdigest(), size
 
 

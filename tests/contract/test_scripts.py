@@ -118,11 +118,12 @@ def test_a_path_resolves_its_own_imports(box: Box, language: str) -> None:
 
 def test_deno_permissions(box: Box) -> None:
     code = """
-        const told = (f: () => unknown) => { try { f(); return "done" } catch (error) { return (error as Error).name } };
-        const files = ["/workspace", "/tmp", "/var/tmp"].map((at) => told(() => Deno.writeTextFileSync(at + "/p", "x")));
+        const told = (f: () => unknown) => { try { f(); return "done" } catch (e) { return (e as Error).name } };
+        const write = (at: string) => told(() => Deno.writeTextFileSync(at + "/p", "x"));
+        const files = ["/workspace", "/tmp", "/var/tmp"].map(write);
         const read = told(() => Deno.readTextFileSync("/workspace/p"));
         const rest = [told(() => Deno.readTextFileSync("/etc/passwd")), told(() => new Deno.Command("id").outputSync()),
-            told(() => Deno.writeTextFileSync("/dev/shm/p", "x")), told(() => Deno.hostname())];
+            write("/dev/shm"), told(() => Deno.hostname())];
         const net = await fetch("http://192.0.2.1/").then(() => "done", (error) => error.name);
         result.set({ files, read, rest, net });
     """
