@@ -274,11 +274,11 @@ class Vms:
     # --- for the reconciler ---
 
     def is_worked_on(self, vm_id: str) -> bool:
-        return self.locks.is_held(vm_id)
+        return self._locks.is_held(vm_id)
 
     async def recover(self, record: VmRecord) -> None:
         """After a restart of the manager: adopt the VM, or bring it to the state that its record leads to."""
-        async with self.locks.hold(record.id):
+        async with self._locks.hold(record.id):
             await self._recover(record)
 
     async def _recover(self, record: VmRecord) -> None:
@@ -286,7 +286,7 @@ class Vms:
             await self._adopt(record)
         elif record.state in (State.CREATING, State.WARM, State.DELETING):
             await self._store.move(record.id, {record.state}, State.DELETING)
-            await self.release(record, "interrupted")
+            await self._release(record, "interrupted")
         elif record.state in (State.STARTING, State.STOPPING):
             await self._host.take_down(record)
             await self._store.move(record.id, {record.state}, State.STOPPED, reason="interrupted")
@@ -298,10 +298,10 @@ class Vms:
         agree afterwards. `remove` takes away what no record accounts for."""
         if self.is_worked_on(vm_id):
             return
-        async with self.locks.hold(vm_id):
+        async with self._locks.hold(vm_id):
             records = await self._store.list_all(self._host.node.id)
             record = next((record for record in records if record.id == vm_id), None)
-            if record is not None and vm_id not in self.running_vms:
+            if record is not None and vm_id not in self._running:
                 await self._recover(record)
             if record is None or record.state in STARTABLE:
                 await remove()
@@ -310,8 +310,8 @@ class Vms:
         """Put a running VM's rules, addresses and names back in force where somebody changed them."""
         if self.is_worked_on(vm_id):
             return
-        async with self.locks.hold(vm_id):
-            vm = self.running_vms.get(vm_id)
+        async with self._locks.hold(vm_id):
+            vm = self._running.get(vm_id)
             if vm is not None and not vm.has_ended:
                 await self._host.network.adopt(vm.record.slot, vm.record.spec.policy)
 
@@ -323,7 +323,7 @@ class Vms:
             log.warning("%s cannot be adopted: %s", record.id, error)
             vm, reason = None, f"not_adopted_{error.code}"
         if vm is not None:
-            self.running_vms[record.id] = vm
+            self._running[record.id] = vm
             return
         await self._host.take_down(record)
         await self._store.move(record.id, {State.RUNNING}, State.ERROR, reason=reason)
