@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import time
 
 from . import wire
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from .spawner import Spawner, Tree
 
 TIMED_OUT = 124
+_USER = 1000
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 SIGNALLED = 128
@@ -121,9 +121,10 @@ class Run:
                 os.close(fd)
 
     def _open_channel(self) -> int:
-        ours, theirs = socket.socketpair()
-        self._streams[ours.detach()] = wire.RESULT
-        return theirs.detach()
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        os.fchown(theirs, _USER, _USER)  # Deno opens it anew, by its name in /proc
+        self._streams[ours] = wire.RESULT
+        return theirs
 
     def _pump(self, tree: Tree) -> None:
         """Until the program has ended, and with it what it left or was killed with, as far as that is awaited."""
@@ -194,6 +195,8 @@ class Run:
             output.finish(self._call)
         if self._command.channel is not None:
             values = self._command.channel.finish(code, bytes(self._stderr))
+            if values[1] is not None and code == 0:
+                code = 1  # the program reported an error and left as if there was none
             for stream, text in zip((wire.RESULT, wire.SCRIPT_ERROR), values, strict=True):
                 self._call.send_data(stream, text or b"")
         return {
