@@ -24,7 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`engine` is a parameter of whatever uses it: the chosen one, or the full one and a chosen few on the others."""
-    if "engine" not in metafunc.fixturenames:
+    speaks_http = metafunc.definition.path.parent.name in ("contract", "docs")
+    if not speaks_http or "engine" not in metafunc.fixturenames:
         return
     chosen = metafunc.config.getoption("--engine")
     everywhere = metafunc.definition.get_closest_marker("every_engine") is not None
