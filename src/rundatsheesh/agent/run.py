@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .calls import Call
     from .job import Command
+    from .memory import MemoryGuard
     from .spawner import Spawner, Tree
 
 TIMED_OUT = 124
@@ -24,6 +25,7 @@ _USER = 1000
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 SIGNALLED = 128
+KILLED = SIGNALLED + 9
 
 _READ = 1 << 16
 # After the program's end, how long to wait for more output from what it left behind (`cmd > >(filter)`): until nobody
@@ -75,10 +77,20 @@ class Output:
 class Run:
     """One command from its start to its answer."""
 
-    def __init__(self, call: Call, command: Command, spawner: Spawner, timeout_ms: int, max_output: int) -> None:
+    def __init__(
+        self,
+        call: Call,
+        command: Command,
+        spawner: Spawner,
+        guard: MemoryGuard | None,
+        timeout_ms: int,
+        max_output: int,
+    ) -> None:
         self._call = call
         self._command = command
         self._spawner = spawner
+        self._guard = guard
+        self._kills_before = guard.kills if guard is not None else 0
         self._started = _milliseconds()
         self._deadline = self._started + timeout_ms
         self._timed_out = False
@@ -191,6 +203,7 @@ class Run:
     def _answer(self, tree: Tree) -> dict[str, Any]:
         duration = (self._ended or _milliseconds()) - self._started
         code = self._exit_code(tree)
+        self._explain_kill(code)
         for output in self._outputs.values():
             output.finish(self._call)
         if self._command.channel is not None:
@@ -211,7 +224,7 @@ class Run:
         if failure is not None:
             return self._explain(*failure)
         if tree.status is None:
-            return SIGNALLED + 9  # the supervisor was killed, and its tree with it
+            return KILLED  # the supervisor was killed, and its tree with it
         code = os.waitstatus_to_exitcode(tree.status)
         return code if code >= 0 else SIGNALLED - code
 
@@ -225,6 +238,13 @@ class Run:
         number, text = evidence
         self._outputs[wire.STDERR].feed(f"{self._command.argv[0]}: {text}\n".encode(errors="replace"))
         return NOT_FOUND if number == 2 else NOT_EXECUTABLE
+
+    def _explain_kill(self, code: int) -> None:
+        """Say so in the output where memory exhaustion is what ended the program."""
+        guard = self._guard
+        if guard is None or code != KILLED or self._timed_out or guard.kills == self._kills_before:
+            return
+        self._outputs[wire.STDERR].feed(b"Killed: the VM is out of memory (%d MiB)\n" % (guard.total >> 20))
 
     def _let_go(self, tree: Tree | None) -> None:
         """The call is over; what the program left behind lives on, unless it was to be killed."""

@@ -14,6 +14,7 @@ from .console import report, say
 from .init import POWER_OFF
 from .job import CallFailed, Command
 from .loop import IN, Loop
+from .memory import MemoryGuard
 from .run import Run
 from .spawner import Spawner
 from .transfer import download, upload
@@ -34,7 +35,9 @@ class Server:
         self._init = init
         self.loop = Loop()
         self._spawner = Spawner(self.loop, init)
-        self._spawner.on_change = self._tell_watchers
+        self._spawner.on_change = self._on_change
+        # Linux has an OOM killer of its own, which is told whom to prefer, see limits.py.
+        self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else None
         self._watchers: list[Watcher] = []
         # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
         self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
@@ -51,8 +54,10 @@ class Server:
         }
 
     def prepare(self) -> None:
-        """Have a supervisor waiting for the first call."""
+        """Have a supervisor waiting for the first call, and somebody to watch over what it does."""
         self._spawner.refill()
+        if self._guard is not None:
+            self._guard.start()
 
     def hello(self) -> bytes:
         return wire.encode(
@@ -96,13 +101,15 @@ class Server:
     def _exec(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
         argv = ["/bin/bash", "-lc", params["cmd"]]
         command = Command(argv=argv, env=params["env"], cwd=params["cwd"])
-        return Run(call, command, self._spawner, params["timeout_ms"], params["max_output"]).run()
+        return self._execute(call, command, params)
 
     def _script(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
         from . import scripts  # costs the start nothing this way
 
-        command = scripts.prepare(params)
-        return Run(call, command, self._spawner, params["timeout_ms"], params["max_output"]).run()
+        return self._execute(call, scripts.prepare(params), params)
+
+    def _execute(self, call: Call, command: Command, params: dict[str, Any]) -> dict[str, Any]:
+        return Run(call, command, self._spawner, self._guard, params["timeout_ms"], params["max_output"]).run()
 
     def _watch_processes(self, call: Call) -> None:
         self._watchers = [watcher for watcher in self._watchers if not watcher.call.cancelled]
@@ -112,7 +119,9 @@ class Server:
         call.on_cancel(lambda: call.fail("cancelled", "the watch was cancelled"))
         watcher.tell()
 
-    def _tell_watchers(self) -> None:
+    def _on_change(self) -> None:
+        if self._guard is not None:
+            self._guard.wake()
         for watcher in self._watchers:
             watcher.tell()
 
