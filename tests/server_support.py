@@ -126,15 +126,18 @@ class Server:
         """Ends with every VM deleted and SIGTERM; the storage root is gone afterwards, as `traces` can see."""
         self.start()
         try:
-            yield self
+            try:
+                yield self
+            finally:
+                for vm in self.http.get("/v1/vms").json():
+                    self.http.delete(f"/v1/vms/{vm['id']}").raise_for_status()
         finally:
-            for vm in self.http.get("/v1/vms").json():
-                self.http.delete(f"/v1/vms/{vm['id']}").raise_for_status()
             status = self.stop()
             left = self.traces()
+            tail = self.log.read_text()[-2000:]
             shutil.rmtree(self.storage)
             shutil.rmtree(self.runtime)
-        assert status == 0, f"the server ended with {status}: {self.log.read_text()[-2000:]}"
+        assert status == 0, f"the server ended with {status}: {tail}"
         assert left == [], left
 
     def create(self, engine: str, **fields: Any) -> Box:

@@ -91,7 +91,6 @@ def test_metadata_is_refused_even_by_name(vm: NewVm, world: World) -> None:
     assert not reaches(box, world.metadata)
 
 
-@pytest.mark.every_engine
 def test_the_hosts_listeners_answer_only_when_listed(vm: NewVm, narrow: Box) -> None:
     box = vm(allowIps=["172.16.0.1/32"], outboundInternet=True)
     with listening(GATEWAY):
@@ -99,7 +98,6 @@ def test_the_hosts_listeners_answer_only_when_listed(vm: NewVm, narrow: Box) -> 
         assert not reaches(narrow, GATEWAY)
 
 
-@pytest.mark.every_engine
 def test_vms_do_not_reach_each_other(vm: NewVm) -> None:
     everything = {"allowIps": ["0.0.0.0/0", "172.16.0.0/12"], "outboundInternet": True}
     one, other = vm(**everything), vm(**everything)
@@ -157,7 +155,6 @@ def test_names_resolve_when_the_public_internet_is_open(vm: NewVm, world: World,
     assert closed.exec("getent ahostsv4 any.example.com")["exitCode"] != 0
 
 
-@pytest.mark.every_engine
 def test_the_policy_is_in_force_after_a_restart_of_the_vm(vm: NewVm, world: World) -> None:
     box = vm(allowIps=[world.allowed], outboundInternet=True)
     assert box.post("stop").status_code == 204 and box.post("start").status_code == 204

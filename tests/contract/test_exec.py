@@ -30,7 +30,6 @@ def test_the_shape_of_a_result(box: Box) -> None:
     assert isinstance(done["durationMs"], int) and done["durationMs"] >= 0
 
 
-@pytest.mark.every_engine
 def test_it_is_a_login_bash_in_the_workspace(box: Box) -> None:
     assert box.output("shopt -q login_shell && echo $BASH_VERSION | cut -c1; pwd").split() == ["5", "/workspace"]
 
@@ -70,7 +69,6 @@ def test_a_timeout_cannot_be_ignored(box: Box) -> None:
     assert box.output("pgrep -x python3 -u user || true") == ""
 
 
-@pytest.mark.every_engine
 @pytest.mark.parametrize("signal", [9, 15, 11, 6])
 def test_a_signal_gives_128_and_its_number(box: Box, signal: int) -> None:
     assert box.exec(f"kill -{signal} $$")["exitCode"] == 128 + signal
@@ -105,7 +103,6 @@ def numbers(text: str) -> list[str]:
     return re.findall(r"\d{4,}", text.replace(",", ""))
 
 
-@pytest.mark.every_engine
 def test_bytes_that_are_no_text_are_replaced(box: Box) -> None:
     done = box.exec(r"printf 'a\xff\xfe\xc3b\x00c'; head -c 10000 /dev/urandom >&2")
     assert done["exitCode"] == 0

@@ -23,7 +23,6 @@ def box(server: Server, engine: str) -> Iterator[Box]:
     made.delete()
 
 
-@pytest.mark.every_engine
 @pytest.mark.parametrize("kind", ["application/gzip", "application/x-gzip", "application/octet-stream"])
 def test_content_types(box: Box, kind: str) -> None:
     assert box.upload(tgz({"typed.txt": kind.encode()}), "/workspace/typed", kind).status_code == 204

@@ -19,7 +19,6 @@ def test_the_user(box: Box) -> None:
     assert all(line.split()[1].strip("0") == "" for line in status.splitlines() if line.startswith("Cap")), status
 
 
-@pytest.mark.every_engine
 def test_no_way_to_gain_privileges(box: Box) -> None:
     escapes = (
         "su -c id",
@@ -47,7 +46,6 @@ def test_what_is_writable(box: Box) -> None:
         assert box.exec(f"echo x > {path}/probe")["exitCode"] != 0, path
 
 
-@pytest.mark.every_engine
 def test_home_user_is_the_workspace(box: Box) -> None:
     box.output("echo same > /home/user/alias.txt")
     assert box.output("cat /workspace/alias.txt && rm /workspace/alias.txt") == "same\n"
@@ -56,7 +54,6 @@ def test_home_user_is_the_workspace(box: Box) -> None:
     assert box.ts('console.log("x")', timeoutMs=60_000)["exitCode"] == 0
 
 
-@pytest.mark.every_engine
 def test_what_is_present(box: Box) -> None:
     programs = "bash ls git curl tar gzip python3 node npm deno"
     box.output(
@@ -91,7 +88,6 @@ def test_the_variables_of_another_call_are_gone(box: Box) -> None:
     assert "hunter2" not in found
 
 
-@pytest.mark.every_engine
 def test_the_network_inside(vm: NewVm) -> None:
     box = vm()
     address = box.output('python3 -c "import socket; print(socket.gethostbyname(socket.gethostname()))"').strip()

@@ -51,7 +51,6 @@ def test_memory_filled_with_files(vm: NewVm, neighbour: Box) -> None:
     box.output("rm /tmp/a /dev/shm/b")
 
 
-@pytest.mark.every_engine
 def test_a_fork_bomb(vm: NewVm, neighbour: Box) -> None:
     box = vm(memMb=512)
     begun = time.monotonic()
@@ -68,7 +67,6 @@ def test_a_fork_bomb(vm: NewVm, neighbour: Box) -> None:
     assert box.output("echo back") == "back\n"
 
 
-@pytest.mark.every_engine
 def test_a_full_disk(vm: NewVm, neighbour: Box) -> None:
     box = vm(diskSizeMb=64)
     done = box.exec("head -c 200M /dev/zero > big; echo $?")

@@ -13,8 +13,6 @@ from server_support import Dns, Server, eventually, new_server
 
 TICKER = "while true; do date +%s%N > t && mv t tick; sleep 0.1; done"
 
-pytestmark = pytest.mark.every_engine
-
 
 @pytest.fixture(scope="module")
 def mortal(directory: Path, dns: Dns) -> Iterator[Server]:
@@ -23,6 +21,7 @@ def mortal(directory: Path, dns: Dns) -> Iterator[Server]:
         yield started
 
 
+@pytest.mark.every_engine
 @pytest.mark.parametrize("end", ["kill", "stop"])
 def test_vms_are_adopted(mortal: Server, engine: str, end: str) -> None:
     box, stopped = mortal.create(engine, allowIps=["172.16.0.1"], outboundInternet=True), mortal.create(engine)

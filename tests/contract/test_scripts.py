@@ -17,7 +17,6 @@ def run(box: Box, language: str, code: str, **more: Any) -> dict[str, Any]:
     return box.ts(code, **more) if language == "ts" else box.js(code, **more)
 
 
-@pytest.mark.every_engine
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_result_set(box: Box, language: str) -> None:
     assert run(box, language, "result.set({ a: [1, 'x', null] }); console.log('out')")["result"] == {
@@ -48,7 +47,6 @@ def test_results_beyond_a_mebibyte_are_an_error_that_says_so(box: Box, language:
     assert "1048576" in str(done["error"]), str(done)[:500]
 
 
-@pytest.mark.every_engine
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_result_error(box: Box, language: str) -> None:
     done = run(box, language, "result.error(new TypeError('bad'))")
@@ -142,7 +140,6 @@ def test_no_prompt_and_no_colours(box: Box) -> None:
     assert done["exitCode"] == 1 and done["error"]["name"] == "NotCapable"
 
 
-@pytest.mark.every_engine
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_timeout(box: Box, language: str) -> None:
     code = "result.set('early'); console.log('out'); setInterval(() => {}, 1000)"

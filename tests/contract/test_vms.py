@@ -177,7 +177,6 @@ def test_many_at_once_have_addresses_of_their_own(server: Server, vm: NewVm) -> 
     assert len({box.output("cat /etc/machine-id; head -c 16 /dev/urandom | base64") for box in made}) == 4
 
 
-@pytest.mark.every_engine
 def test_logs(server: Server, box: Box) -> None:
     for kind in ("engine", "console"):
         log = server.http.get(f"{box.path}/logs", params={"type": kind, "tail": 3}).raise_for_status().json()
@@ -186,7 +185,6 @@ def test_logs(server: Server, box: Box) -> None:
     assert server.http.get(f"{box.path}/logs", params={"type": "secret"}).status_code == 400
 
 
-@pytest.mark.every_engine
 def test_the_execution_log(server: Server, vm: NewVm) -> None:
     box = vm()
     first = box.post("exec", {"cmd": "echo one; exit 3", "env": {"TOKEN": "hush"}}, headers={"X-Request-Id": "log-1"})
