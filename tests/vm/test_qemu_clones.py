@@ -7,12 +7,12 @@ import os
 import time
 from pathlib import Path
 
-from qemu_support import AGENT, Lab, shared_engine, image_root, lab, new_lab, open_lab, output
+from qemu_support import AGENT, Lab, image_root, lab, new_lab, open_lab, output, shared_engine
 
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
 from rundatsheesh.manager.host.bootfiles import BootFiles
 
-__all__ = ["shared_engine", "image_root", "lab", "new_lab"]  # fixtures
+__all__ = ["image_root", "lab", "new_lab", "shared_engine"]  # fixtures
 
 CLONES = 4
 FACTS = (

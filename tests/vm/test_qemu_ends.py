@@ -9,11 +9,11 @@ import time
 from dataclasses import replace
 
 import pytest
-from qemu_support import Lab, ask_root, shared_engine, image_root, lab, new_lab, output, root_lab, run
+from qemu_support import Lab, ask_root, image_root, lab, new_lab, output, root_lab, run, shared_engine
 
 from rundatsheesh.manager.errors import EngineError
 
-__all__ = ["shared_engine", "image_root", "lab", "new_lab", "root_lab"]  # fixtures
+__all__ = ["image_root", "lab", "new_lab", "root_lab", "shared_engine"]  # fixtures
 
 
 async def test_a_killed_qemu_is_noticed_at_once(lab: Lab) -> None:

@@ -6,13 +6,13 @@ import asyncio
 import time
 from pathlib import Path
 
-from qemu_support import REPLY_TIMEOUT, Lab, shared_engine, image_root, lab, output, run
+from qemu_support import REPLY_TIMEOUT, Lab, image_root, lab, output, run, shared_engine
 
 from rundatsheesh.manager.engines.qemu import Qemu, vm_user
 from rundatsheesh.manager.guest import Guest
 from rundatsheesh.manager.model import Isolation
 
-__all__ = ["shared_engine", "image_root", "lab"]  # fixtures
+__all__ = ["image_root", "lab", "shared_engine"]  # fixtures
 
 
 async def test_the_guest_is_debian_and_its_user_has_no_privileges(lab: Lab) -> None:
