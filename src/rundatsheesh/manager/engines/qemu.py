@@ -190,7 +190,9 @@ class Qemu:
     ) -> Child:
         hardware = self._hardware(record)
         cgroup = self._cgroup(record)
-        limits = Limits(hardware.cpu, (hardware.mem_mb + OVERHEAD_MB[hardware.accelerator]) * MIB, PIDS_MAX)
+        # The guest cannot use more than its CPUs, each a thread. Devices are one more; with less both would be stopped
+        # for the rest of each period when they work at the same time, as they do at a start.
+        limits = Limits(hardware.cpu + 1, (hardware.mem_mb + OVERHEAD_MB[hardware.accelerator]) * MIB, PIDS_MAX)
         await asyncio.to_thread(cgroup.create, limits)
         await asyncio.to_thread(qemu_files.prepare, files)
         machine = MachineFiles(files.runtime)
