@@ -61,10 +61,14 @@ class Lives:
             )
         try:
             self.live()
-            yield self
-            for vm in self.vms():
-                self.http.delete(f"/v1/vms/{vm['id']}").raise_for_status()
-            assert self.leaks() == []
+            try:
+                yield self
+            finally:
+                if not self.pid:
+                    self.live()
+                self.delete_all()
+                leaks = self.leaks()
+            assert leaks == []
         finally:
             self.end(signal.SIGTERM)
             self._parent.stdin.close()  # type: ignore[union-attr]
@@ -130,6 +134,10 @@ class Lives:
     def vms(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.http.get("/v1/vms").raise_for_status().json()
         return found
+
+    def delete_all(self) -> None:
+        for vm in self.vms():
+            self.http.delete(f"/v1/vms/{vm['id']}").raise_for_status()
 
     def leaks(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.http.get("/v1/admin/leaks").raise_for_status().json()["leaks"]
