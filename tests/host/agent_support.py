@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import secrets
 import shutil
 import subprocess
@@ -16,7 +15,10 @@ from pathlib import Path
 from script_harness import interpreter
 
 import rundatsheesh.agent
+from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
+from rundatsheesh.manager.host.tools import find_runsc
+from rundatsheesh.manager.settings import Settings
 
 AGENT = Path(rundatsheesh.agent.__file__).parent
 PYTHON = "/usr/bin/python3"
@@ -129,8 +131,7 @@ def gvisor_agent(directory: Path, runsc: str, root: str, *options: str) -> Itera
 
 
 def engines() -> list[str]:
-    """gVisor is tested where the environment names its binary and a guest's root directory."""
-    return ["native", "gvisor"] if "RDS_TEST_RUNSC" in os.environ and "RDS_TEST_ROOT" in os.environ else ["native"]
+    return ["native", "gvisor"]
 
 
 @contextlib.contextmanager
@@ -138,7 +139,10 @@ def agent_on(engine: str, directory: Path, *options: str) -> Iterator[RunningAge
     if engine == "native":
         started = native_agent(directory, *options)
     else:
-        started = gvisor_agent(directory, os.environ["RDS_TEST_RUNSC"], os.environ["RDS_TEST_ROOT"], *options)
+        cache = Settings().image_cache
+        runsc, image = find_runsc(cache), find_image(cache)
+        assert runsc is not None and image is not None, "this host is not set up: run `rds setup`"
+        started = gvisor_agent(directory, str(runsc), str(image.root), *options)
     with started as agent:
         yield agent
 

