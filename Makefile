@@ -5,7 +5,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve setup doctor test lint format bench lock image-check clean
+.PHONY: help serve setup doctor test soak lint format bench lock image-check clean
 
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
@@ -40,6 +40,9 @@ format: ## put the code into its one format
 
 bench: ## measure what is promised, beside the bare runtime: docs/benchmark.svg (BENCH=--full for all)
 	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) tests/bench $(BENCH)
+
+soak: ## work and kill at random for SOAK_SECONDS (900), then look for what is lost or left
+	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) tests/soak/soak.py
 
 # Resolves the direct dependencies of pyproject.toml, and the guest's runtimes, for every supported Python and
 # architecture, and writes exact versions with the hashes of all their files. No download address is recorded: pip takes
