@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
+import rundatsheesh.agent
+from rundatsheesh.manager.build.agent import ensure_agent, find_agent
 from rundatsheesh.manager.build.image import ensure_boot_files, ensure_image, find_image, wants_boot_files
 from rundatsheesh.manager.build.recipe import recipe_hash
 from rundatsheesh.manager.engines.base import Availability
@@ -13,6 +16,8 @@ from rundatsheesh.manager.host import doctor
 from rundatsheesh.manager.host.doctor import Check, Finding, Level, Result
 from rundatsheesh.manager.host.setup import Report, Step, host_steps
 from rundatsheesh.manager.settings import Settings
+
+AGENT = Path(rundatsheesh.agent.__file__).parent
 
 # Engine name → how to ask it whether this host can run it.
 Engines = Mapping[str, Callable[[], Availability]]
@@ -40,6 +45,8 @@ def all_steps(settings: Settings, environment: Mapping[str, str]) -> tuple[Step,
     async def build(report: Report) -> str:
         image = await ensure_image(settings.image_cache, environment, report)
         await ensure_boot_files(image, environment, report)
+        report("compiling the agent with the guest's Python")
+        await ensure_agent(settings.image_cache, image, AGENT)
         return f"{image.id}, {image.manifest.size_bytes >> 20} MiB"
 
     async def examine(report: Report) -> str:
@@ -48,7 +55,9 @@ def all_steps(settings: Settings, environment: Mapping[str, str]) -> tuple[Step,
 
     def look() -> str | None:
         image = find_image(settings.image_cache)
-        return image.id if image and not wants_boot_files(image) else None
+        if image is None or wants_boot_files(image) or find_agent(settings.image_cache, image, AGENT) is None:
+            return None
+        return image.id
 
     return (
         *host_steps(settings.image_cache, environment),

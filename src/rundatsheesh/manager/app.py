@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import uvicorn
 
 from rundatsheesh.manager.api import Readiness, Services, create_api
+from rundatsheesh.manager.build.agent import ensure_agent, find_agent
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.engines.base import Engine
 from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
@@ -43,8 +45,10 @@ def engines(settings: Settings) -> Mapping[str, Engine]:
     def image_root(image_id: str) -> Path:
         return settings.image_cache / "images" / image_id / "root"
 
-    gvisor = GVisor(GVisorConfig(settings.image_cache, image_root, AGENT, settings.gvisor_platform))
-    qemu = Qemu(QemuConfig(image_root, AGENT))
+    image = find_image(settings.image_cache)
+    agent = (image and find_agent(settings.image_cache, image, AGENT)) or AGENT
+    gvisor = GVisor(GVisorConfig(settings.image_cache, image_root, agent, settings.gvisor_platform))
+    qemu = Qemu(QemuConfig(image_root, agent))
     return {gvisor.name: gvisor, qemu.name: qemu}
 
 
@@ -79,6 +83,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         network = Network(node.block, dns_server=settings.dns_server_ip)
         await network.open()
         stack.push_async_callback(network.close)
+        await _compile_agent(settings)
         host = VmHost(node, layout, network, engines(settings))
         vms = Vms(settings, store, host, _images(settings))
         stack.push_async_callback(vms.let_go)
@@ -130,6 +135,17 @@ def _listening(settings: Settings) -> socket.socket:
         hint = "set HOST and PORT to an address that is free"
         raise HostError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", hint=hint) from error
     return listener
+
+
+async def _compile_agent(settings: Settings) -> None:
+    """A set-up has done it, unless it was one of an earlier version with the same image."""
+    image = find_image(settings.image_cache)
+    if image is None or os.geteuid() != 0:
+        return
+    try:
+        await ensure_agent(settings.image_cache, image, AGENT)
+    except (HostError, OSError) as error:
+        log.warning("guests start slower, for each compiles its agent: %s", error)
 
 
 def _images(settings: Settings) -> Images:
