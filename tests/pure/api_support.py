@@ -24,11 +24,13 @@ from rundatsheesh.manager.model import (
     Healing,
     Isolation,
     Leak,
+    LifetimeChange,
     LogView,
     ProvisionMode,
     ScriptCall,
     Slot,
     State,
+    Unchanged,
     VmRecord,
     VmSpec,
     new_vm_id,
@@ -37,6 +39,8 @@ from rundatsheesh.manager.model import (
 from rundatsheesh.manager.overview import collect_overview
 from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.store import Store
+from rundatsheesh.manager.store.rows import deadline
+from rundatsheesh.manager.vms_once import Creations
 
 KEY = {"X-API-Key": "dev-key"}
 LOGIN = {"email": "admin@localhost", "password": "admin"}
@@ -72,6 +76,7 @@ class FakeVms:
     began: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: int = 0
     leaks: list[Leak] = field(default_factory=list)
+    creations: Creations | None = None
 
     async def audit(self) -> list[Leak]:
         return self.leaks
@@ -94,6 +99,10 @@ class FakeVms:
                 raise
 
     async def create(self, request: CreateVm, caller: Caller) -> VmRecord:
+        assert self.creations is not None
+        return await self.creations.create(caller, lambda: self._create(request, caller))
+
+    async def _create(self, request: CreateVm, caller: Caller) -> VmRecord:
         await self._note(request, caller)
         spec = VmSpec(
             cpu=request.cpu,
@@ -105,6 +114,7 @@ class FakeVms:
             snapshot_id=request.snapshot_id,
             name=request.name,
             labels=dict(request.labels),
+            lifetime=request.lifetime,
         )
         record = VmRecord(
             id=new_vm_id(),
@@ -118,6 +128,7 @@ class FakeVms:
             reason=None,
             created_at=now(),
             started_at=now(),
+            expires_at=deadline(request.lifetime.ttl_ms, now()),
         )
         self.records[record.id] = record
         return record
@@ -139,6 +150,18 @@ class FakeVms:
         if record.state is not from_:
             raise Conflict(f"VM is {record.state}", details={"state": record.state.value})
         self.records[vm_id] = replace(record, state=to)
+
+    async def change_lifetime(self, vm_id: str, change: LifetimeChange, caller: Caller) -> VmRecord:
+        record = await self.get(vm_id)
+        lifetime, expires_at = record.spec.lifetime, record.expires_at
+        if not isinstance(change.ttl_ms, Unchanged):
+            lifetime = replace(lifetime, ttl_ms=change.ttl_ms)
+            expires_at = deadline(change.ttl_ms, now())
+        if not isinstance(change.idle_timeout_ms, Unchanged):
+            lifetime = replace(lifetime, idle_timeout_ms=change.idle_timeout_ms)
+        changed = replace(record, spec=replace(record.spec, lifetime=lifetime), expires_at=expires_at)
+        self.records[vm_id] = changed
+        return changed
 
     async def start(self, vm_id: str, caller: Caller) -> None:
         await self._move(vm_id, State.STOPPED, State.RUNNING)
@@ -259,6 +282,7 @@ _EMPTY: list[bytes] = []
 async def serve(directory: Path, **settings: Any) -> AsyncIterator[Server]:
     store = await open_store(directory / "api.db")
     vms, readiness = FakeVms(), [Readiness(True)]
+    vms.creations = Creations(store.idempotency, "node", vms.get)
     parsed = make_settings(directory, **settings)
     app = create_api(
         Services(

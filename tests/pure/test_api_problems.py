@@ -88,7 +88,7 @@ async def test_unknown_paths(server: Server, path: str) -> None:
     ("method", "path", "allow"),
     [
         ("PUT", "/v1/vms", "GET, HEAD, POST"),
-        ("PATCH", "/v1/vms/vm-1", "DELETE, GET, HEAD"),
+        ("PUT", "/v1/vms/vm-1", "DELETE, GET, HEAD, PATCH"),
         ("GET", "/v1/vms/vm-1/exec", "POST"),
         ("POST", "/v1/vms/vm-1/files/download", "GET"),
         ("HEAD", "/v1/vms/vm-1/files/download", "GET"),

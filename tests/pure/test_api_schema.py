@@ -91,7 +91,7 @@ async def test_binary_bodies(document: Any) -> None:
 
 async def test_it_describes_exactly_what_the_contract_names(document: Any) -> None:
     vm = document["components"]["schemas"]["VmView"]
-    optional = {"name", "reason"}
+    optional = {"name", "reason", "ttlMs", "expiresAt", "remainingMs", "idleTimeoutMs", "idleRemainingMs"}
     assert set(vm["required"]) == set(vm["properties"]) - optional
     assert set(document["components"]["schemas"]["CreateVmBody"]["required"]) == {"cpu", "memMb", "allowIps"}
 

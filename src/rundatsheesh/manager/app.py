@@ -21,6 +21,7 @@ from rundatsheesh.manager.engines.base import Engine
 from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
 from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.expiry import Expiry
 from rundatsheesh.manager.model import Overview
 from rundatsheesh.manager.net import Network
 from rundatsheesh.manager.overview import collect_overview
@@ -32,6 +33,8 @@ from rundatsheesh.manager.vms import Images, Vms
 from rundatsheesh.manager.vms_calls import VmCalls
 from rundatsheesh.manager.vms_host import VmHost
 from rundatsheesh.manager.vms_layout import Layout, load_node, sole_manager
+from rundatsheesh.manager.vms_lifetimes import VmLifetimes
+from rundatsheesh.manager.vms_once import Creations
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +94,17 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         await reconciler.recover()
         timer = asyncio.create_task(reconciler.run(), name="reconcile")
         stack.push_async_callback(_cancelled, timer)
+        lifetimes = VmLifetimes(store, vms)
+        clock = asyncio.create_task(Expiry(store, lifetimes, node.id).run(), name="expiry")
+        stack.push_async_callback(_cancelled, clock)
         pool = Pool(settings, vms)
         stack.push_async_callback(pool.drain)
         filling = asyncio.create_task(pool.run(), name="warm pool")
         stack.push_async_callback(_cancelled, filling)
+        creations = Creations(store.idempotency, node.id, vms.get)
         yield Services(
             settings=settings,
-            vms=VmCalls(settings, vms, host, calls, pool),
+            vms=VmCalls(settings, vms, host, calls, pool, creations, lifetimes),
             credentials=store.credentials,
             history=store.history,
             overview=lambda: _overview(settings, store),
@@ -178,7 +185,8 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for chatty in ("uvicorn", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _shown_host(host: str) -> str:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
+from enum import Enum, StrEnum
 from ipaddress import IPv4Address, IPv4Network
 from typing import Literal
 
@@ -91,6 +91,26 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Lifetime:
+    """How long a VM may last, in milliseconds; None: for ever."""
+
+    ttl_ms: int | None = None  # from the creation, or from the last change of it; then the VM is deleted
+    idle_timeout_ms: int | None = None  # without an open call and without a process of the user; then it is stopped
+
+
+class Unchanged(Enum):
+    UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True, slots=True)
+class LifetimeChange:
+    """What a caller changes of a VM's lifetime. A new `ttl_ms` counts from the change."""
+
+    ttl_ms: int | Unchanged | None = Unchanged.UNCHANGED
+    idle_timeout_ms: int | Unchanged | None = Unchanged.UNCHANGED
+
+
+@dataclass(frozen=True, slots=True)
 class VmSpec:
     """What the caller asked for, parsed and within the limits of the settings."""
 
@@ -103,6 +123,7 @@ class VmSpec:
     snapshot_id: str | None = None
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    lifetime: Lifetime = Lifetime()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +141,45 @@ class VmRecord:
     reason: str | None  # why the VM is in ERROR or was stopped by us
     created_at: datetime
     started_at: datetime | None
+    expires_at: datetime | None = None  # when its time to live ends
+    idle_since: datetime | None = None  # filled in while the VM runs and is idle; not kept in the database
+
+
+class Scope(StrEnum):
+    """What an API key may do."""
+
+    VM_READ = "vm:read"
+    VM_WRITE = "vm:write"
+    EXEC = "exec"
+    FILES = "files"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one API key may use at once, over all its VMs whatever their state; None: as much as the server has."""
+
+    vms: int | None = None
+    cpu: int | None = None
+    mem_mb: int | None = None
+    calls_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What an API key may do, how much of it, and where its VMs may reach at most (None: anywhere)."""
+
+    scopes: frozenset[Scope] = frozenset(Scope) - {Scope.ADMIN}
+    egress: tuple[IPv4Network, ...] | None = None
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """A request that must have its effect once: the caller's key for it, and what it asks for. Both are hashes."""
+
+    key: str
+    body: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +188,8 @@ class Caller:
 
     request_id: str
     who: str  # "key:<id>", "session:<email>" or "manager"
+    limits: Limits = Limits()
+    once: Once | None = None
 
 
 # --- requests: what callers ask for, parsed at the edge and within its limits, and what they are shown ---------------
@@ -148,6 +210,7 @@ class CreateVm:
     snapshot_id: str | None = None
     name: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    lifetime: Lifetime = Lifetime()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +310,7 @@ class ApiKey:
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None
+    rights: Rights = Rights()
 
 
 @dataclass(frozen=True, slots=True)

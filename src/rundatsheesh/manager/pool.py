@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import replace
 
 from rundatsheesh.manager.errors import RdsError
-from rundatsheesh.manager.model import Caller, CreateVm, EgressPolicy, VmRecord, VmSpec
+from rundatsheesh.manager.model import Caller, CreateVm, EgressPolicy, Lifetime, VmRecord, VmSpec
 from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.vms import Vms
 
@@ -126,4 +126,4 @@ class Pool:
 
 def _shape_of(spec: VmSpec) -> VmSpec:
     """What must be decided at boot; everything else is given at the claim."""
-    return replace(spec, policy=EgressPolicy(), name=None, labels={})
+    return replace(spec, policy=EgressPolicy(), name=None, labels={}, lifetime=Lifetime())

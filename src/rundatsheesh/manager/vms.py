@@ -28,7 +28,7 @@ from rundatsheesh.manager.model import (
 )
 from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.store import Store
-from rundatsheesh.manager.store.store import wrong_state
+from rundatsheesh.manager.store.store import vm_not_found, wrong_state
 from rundatsheesh.manager.vms_host import VmHost
 from rundatsheesh.manager.vms_locks import KeyedLocks
 from rundatsheesh.manager.vms_running import RunningVm
@@ -58,10 +58,12 @@ class Vms:
         self._store = store
         self._host = host
         self._images = images
-        self._running: dict[str, RunningVm] = {}
-        self._locks = KeyedLocks()
+        # For the other modules of this part, which hold a VM's lock while they change anything about it:
+        self.running_vms: dict[str, RunningVm] = {}
+        self.locks = KeyedLocks()
         self._boots = asyncio.Semaphore(settings.max_concurrent_boots)  # first come, first served
         self._unfinished: set[asyncio.Task[Any]] = set()
+        self.lifetimes_changed = asyncio.Event()  # for whoever waits for the next deadline
 
     # --- looking ---
 
@@ -74,19 +76,23 @@ class Vms:
         return await self._store.list(state=state, labels=labels)
 
     def running(self, vm_id: str) -> RunningVm | None:
-        return self._running.get(vm_id)
+        return self.running_vms.get(vm_id)
 
     async def find_running(self, vm_id: str) -> RunningVm:
         """Raises NotFound, or Conflict that says in which state the VM is and why."""
-        vm = self._running.get(vm_id)
+        vm = self.running_vms.get(vm_id)
+        if vm is not None and vm.record.state is State.WARM:
+            raise vm_not_found(vm_id)
         if vm is not None and not vm.has_ended:
+            vm.touch()
             return vm
         if vm is not None:
             await vm.wait_concluded()  # its record says in a moment why it ended
-        async with self._locks.hold(vm_id):  # a start or stop on its way has an outcome, which is what counts
+        async with self.locks.hold(vm_id):  # a start or stop on its way has an outcome, which is what counts
             record = await self._store.get(vm_id)
-            vm = self._running.get(vm_id)
+            vm = self.running_vms.get(vm_id)
         if vm is not None and not vm.has_ended:
+            vm.touch()
             return vm
         error = wrong_state(vm_id, record.state, {State.RUNNING})
         if record.reason is not None:
@@ -103,7 +109,7 @@ class Vms:
         try:
             return await self.bring_up(record)
         except BaseException:
-            await self._to_its_end(self.discard(record))
+            await self.to_its_end(self.discard(record))
             raise
 
     def plan(self, request: CreateVm) -> tuple[VmSpec, Engine]:
@@ -121,6 +127,7 @@ class Vms:
             image_id=self._image(request.image_id),
             name=request.name,
             labels=dict(request.labels),
+            lifetime=request.lifetime,
         )
         if spec.disk_mb > self._settings.max_disk_mb:
             raise Forbidden(f"diskSizeMb is at most {self._settings.max_disk_mb} (MAX_DISK_MB)", code="disk_too_large")
@@ -144,7 +151,7 @@ class Vms:
 
     async def bring_up(self, record: VmRecord) -> VmRecord:
         """From CREATING to RUNNING."""
-        async with self._locks.hold(record.id):
+        async with self.locks.hold(record.id):
             await self._host.make_disk(record)
             return await self._boot(record, State.CREATING, State.RUNNING)
 
@@ -155,18 +162,18 @@ class Vms:
         engine = self._host.choose_engine(spec.engine)
         record = await self._reserve(spec, engine, MANAGER, State.WARM, self._settings.warm_pool_max_vms)
         try:
-            async with self._locks.hold(record.id):
+            async with self.locks.hold(record.id):
                 await self._host.make_disk(record)
                 return await self._boot(record, State.WARM, State.WARM)
         except BaseException:
-            await self._to_its_end(self.discard(record))
+            await self.to_its_end(self.discard(record))
             raise
 
     async def claim(self, vm_id: str, spec: VmSpec, caller: Caller) -> VmRecord | None:
         """Make a warm VM the caller's, with policy, name and labels in force when this returns. None when it is gone;
         raises LimitReached as `create` does."""
-        async with self._locks.hold(vm_id):
-            vm = self._running.get(vm_id)
+        async with self.locks.hold(vm_id):
+            vm = self.running_vms.get(vm_id)
             if vm is None or vm.has_ended:
                 return None
             record = await self._store.claim(
@@ -175,19 +182,21 @@ class Vms:
             if record is None:
                 return None
             vm.record = record
+            vm.touch()
+        self.lifetimes_changed.set()
         try:
             await self._host.network.set_policy(record.slot, spec.policy)
         except BaseException:
-            await self._to_its_end(self.discard(record))
+            await self.to_its_end(self.discard(record))
             raise
         return record
 
     async def start(self, vm_id: str, caller: Caller) -> None:
         """From STOPPED or ERROR to RUNNING, with the same files. A failure ends in ERROR with its reason."""
-        await self._to_its_end(self._start(vm_id, caller))
+        await self.to_its_end(self._start(vm_id, caller))
 
     async def _start(self, vm_id: str, caller: Caller) -> None:
-        async with self._locks.hold(vm_id):
+        async with self.locks.hold(vm_id):
             record = await self._store.move(vm_id, STARTABLE, State.STARTING, reason=None)
             try:
                 await self._boot(record, State.STARTING, State.RUNNING)
@@ -198,39 +207,45 @@ class Vms:
 
     async def stop(self, vm_id: str, caller: Caller) -> None:
         """From RUNNING to STOPPED: processes end, files stay."""
-        await self._to_its_end(self._stop(vm_id, caller))
+        await self.to_its_end(self._stop(vm_id, caller))
 
     async def _stop(self, vm_id: str, caller: Caller) -> None:
-        async with self._locks.hold(vm_id):
+        async with self.locks.hold(vm_id):
             record = await self._store.move(vm_id, {State.RUNNING}, State.STOPPING)
-            vm = self._running.pop(vm_id, None)
-            if vm is not None:
-                await vm.shut_down(SHUTDOWN_GRACE)
-            await self._host.take_down(record)
-            await self._store.move(vm_id, {State.STOPPING}, State.STOPPED, reason=None)
-            await self._store.history.record_activity("vm.stop", caller=caller, vm_id=vm_id)
+            await self.finish_stop(record, self.running_vms.pop(vm_id, None), caller)
+
+    async def finish_stop(
+        self, record: VmRecord, vm: RunningVm | None, caller: Caller, reason: str | None = None
+    ) -> None:
+        """From STOPPING to STOPPED, while its lock is held."""
+        if vm is not None:
+            await vm.shut_down(SHUTDOWN_GRACE)
+        await self._host.take_down(record)
+        await self._store.move(record.id, {State.STOPPING}, State.STOPPED, reason=reason)
+        await self._store.history.record_activity("vm.stop", caller=caller, vm_id=record.id, reason=reason)
 
     async def destroy(self, vm_id: str, caller: Caller) -> None:
         """Returns once process, network, mounts and files are gone. Calls that are open are told so."""
-        await self._to_its_end(self._destroy(vm_id, caller))
+        await self.to_its_end(self._destroy(vm_id, caller))
 
     async def _destroy(self, vm_id: str, caller: Caller) -> None:
-        async with self._locks.hold(vm_id):
+        async with self.locks.hold(vm_id):
             record = await self._store.move(vm_id, DELETABLE, State.DELETING)
-            await self._release(record, "destroyed")
+            await self.release(record, "destroyed")
         await self._store.history.record_activity("vm.destroy", caller=caller, vm_id=vm_id, reason=record.reason)
 
     async def discard(self, record: VmRecord) -> None:
         """Release a VM that nobody was ever given. A failure leaves a record in DELETING for the reconciler."""
         try:
-            async with self._locks.hold(record.id):
+            async with self.locks.hold(record.id):
                 await self._store.move(record.id, frozenset(State), State.DELETING)
-                await self._release(record, "discarded")
+                await self.release(record, "discarded")
         except RdsError:
             log.exception("%s could not be released; the reconciler will try again", record.id)
 
-    async def _release(self, record: VmRecord, verdict: str) -> None:
-        vm = self._running.pop(record.id, None)
+    async def release(self, record: VmRecord, verdict: str) -> None:
+        """End of a VM in DELETING, whose lock is held. `verdict` is what its open calls are told."""
+        vm = self.running_vms.pop(record.id, None)
         if vm is not None:
             await vm.end(verdict)
         await self._host.release(record)
@@ -247,7 +262,8 @@ class Vms:
             await asyncio.shield(asyncio.ensure_future(self._abandon(vm)))
             raise
         vm.record = moved
-        self._running[record.id] = vm
+        self.running_vms[record.id] = vm
+        self.lifetimes_changed.set()
         return moved
 
     async def _abandon(self, vm: RunningVm) -> None:
@@ -256,17 +272,17 @@ class Vms:
 
     async def _ended(self, vm: RunningVm, reason: str) -> None:
         """The guest ended by itself, or had to be ended."""
-        await self._to_its_end(self._bury(vm, reason))
+        await self.to_its_end(self._bury(vm, reason))
 
     async def _bury(self, vm: RunningVm, reason: str) -> None:
-        async with self._locks.hold(vm.record.id):
+        async with self.locks.hold(vm.record.id):
             await vm.detach()
-            if self._running.get(vm.record.id) is not vm:
+            if self.running_vms.get(vm.record.id) is not vm:
                 return  # stopped, deleted or restarted meanwhile
             if vm.record.state is State.WARM:
-                await self._release(vm.record, reason)
+                await self.release(vm.record, reason)
                 return
-            del self._running[vm.record.id]
+            del self.running_vms[vm.record.id]
             await self._host.take_down(vm.record)
             await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
             await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=vm.record.id, reason=reason)
@@ -274,11 +290,11 @@ class Vms:
     # --- for the reconciler ---
 
     def is_worked_on(self, vm_id: str) -> bool:
-        return self._locks.is_held(vm_id)
+        return self.locks.is_held(vm_id)
 
     async def recover(self, record: VmRecord) -> None:
         """After a restart of the manager: adopt the VM, or bring it to the state that its record leads to."""
-        async with self._locks.hold(record.id):
+        async with self.locks.hold(record.id):
             await self._recover(record)
 
     async def _recover(self, record: VmRecord) -> None:
@@ -286,7 +302,7 @@ class Vms:
             await self._adopt(record)
         elif record.state in (State.CREATING, State.WARM, State.DELETING):
             await self._store.move(record.id, {record.state}, State.DELETING)
-            await self._release(record, "interrupted")
+            await self.release(record, "interrupted")
         elif record.state in (State.STARTING, State.STOPPING):
             await self._host.take_down(record)
             await self._store.move(record.id, {record.state}, State.STOPPED, reason="interrupted")
@@ -298,10 +314,10 @@ class Vms:
         agree afterwards. `remove` takes away what no record accounts for."""
         if self.is_worked_on(vm_id):
             return
-        async with self._locks.hold(vm_id):
+        async with self.locks.hold(vm_id):
             records = await self._store.list_all(self._host.node.id)
             record = next((record for record in records if record.id == vm_id), None)
-            if record is not None and vm_id not in self._running:
+            if record is not None and vm_id not in self.running_vms:
                 await self._recover(record)
             if record is None or record.state in STARTABLE:
                 await remove()
@@ -310,8 +326,8 @@ class Vms:
         """Put a running VM's rules, addresses and names back in force where somebody changed them."""
         if self.is_worked_on(vm_id):
             return
-        async with self._locks.hold(vm_id):
-            vm = self._running.get(vm_id)
+        async with self.locks.hold(vm_id):
+            vm = self.running_vms.get(vm_id)
             if vm is not None and not vm.has_ended:
                 await self._host.network.adopt(vm.record.slot, vm.record.spec.policy)
 
@@ -323,7 +339,7 @@ class Vms:
             log.warning("%s cannot be adopted: %s", record.id, error)
             vm, reason = None, f"not_adopted_{error.code}"
         if vm is not None:
-            self._running[record.id] = vm
+            self.running_vms[record.id] = vm
             return
         await self._host.take_down(record)
         await self._store.move(record.id, {State.RUNNING}, State.ERROR, reason=reason)
@@ -333,7 +349,7 @@ class Vms:
         """At shutdown: finish what is under way, then leave the guests running for the next manager."""
         while self._unfinished:
             await asyncio.gather(*self._unfinished, return_exceptions=True)
-        vms, self._running = list(self._running.values()), {}
+        vms, self.running_vms = list(self.running_vms.values()), {}
         await asyncio.gather(*(vm.detach() for vm in vms))
 
     # --- helpers ---
@@ -348,7 +364,7 @@ class Vms:
             raise NotFound(f"no image {str(wanted)[:64]!r}", code="image_not_found")
         return str(wanted)
 
-    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+    async def to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it to its end even when the caller goes away: half an operation is nobody's wish."""
         task = asyncio.ensure_future(work)
         self._unfinished.add(task)

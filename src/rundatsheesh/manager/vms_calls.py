@@ -23,6 +23,7 @@ from rundatsheesh.manager.model import (
     CreateVm,
     ExecCall,
     ExecLogPage,
+    LifetimeChange,
     LogView,
     ScriptCall,
     State,
@@ -32,6 +33,8 @@ from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.store import ExecLog
 from rundatsheesh.manager.vms import Vms
 from rundatsheesh.manager.vms_host import VmHost
+from rundatsheesh.manager.vms_lifetimes import VmLifetimes
+from rundatsheesh.manager.vms_once import Creations
 from rundatsheesh.manager.vms_running import RunningVm
 
 LOG_WINDOW = 1 << 20  # bytes of a log that are looked at for its tail
@@ -60,21 +63,36 @@ class VmSource(Protocol):
 class VmCalls:
     """What the API asks of VMs. The lifecycle is `Vms`; this adds what happens inside."""
 
-    def __init__(self, settings: Settings, vms: Vms, host: VmHost, calls: ExecLog, source: VmSource) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        vms: Vms,
+        host: VmHost,
+        calls: ExecLog,
+        source: VmSource,
+        creations: Creations,
+        lifetimes: VmLifetimes,
+    ) -> None:
         self._settings = settings
         self._vms = vms
         self._host = host
         self._log = calls
         self._source = source
+        self._creations = creations
+        self._lifetimes = lifetimes
 
     async def create(self, request: CreateVm, caller: Caller) -> VmRecord:
-        return await self._source.create(request, caller)
+        return await self._creations.create(caller, lambda: self._source.create(request, caller))
+
+    async def change_lifetime(self, vm_id: str, change: LifetimeChange, caller: Caller) -> VmRecord:
+        return await self._lifetimes.change(vm_id, change, caller)
 
     async def get(self, vm_id: str) -> VmRecord:
-        return await self._vms.get(vm_id)
+        return self._lifetimes.with_idleness(await self._vms.get(vm_id))
 
     async def list(self, *, state: State | None, labels: Mapping[str, str]) -> list[VmRecord]:
-        return await self._vms.list(state=state, labels=labels)
+        records = await self._vms.list(state=state, labels=labels)
+        return [self._lifetimes.with_idleness(record) for record in records]
 
     async def start(self, vm_id: str, caller: Caller) -> None:
         await self._vms.start(vm_id, caller)

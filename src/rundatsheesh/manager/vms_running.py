@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -46,6 +47,7 @@ class RunningVm:
         self._on_end = on_end
         self._calls = 0
         self._processes: int | None = None  # None until the agent has told
+        self._idle_from: float | None = None  # monotonic
         self._frozen = False
         self._temperature = asyncio.Lock()
         self._freeze_timer: asyncio.TimerHandle | None = None
@@ -71,6 +73,16 @@ class RunningVm:
     def has_ended(self) -> bool:
         return self._exit.done()
 
+    @property
+    def idle_seconds(self) -> float | None:
+        """For how long no call has been open and no process of the user has lived. None while that is not so."""
+        return None if self._idle_from is None else time.monotonic() - self._idle_from
+
+    def touch(self) -> None:
+        """Somebody is about to call: idleness counts from now."""
+        if self._idle_from is not None:
+            self._idle_from = time.monotonic()
+
     async def wait_concluded(self) -> None:
         """Return once whoever had to know of the guest's end has dealt with it."""
         await self._concluded.wait()
@@ -79,6 +91,7 @@ class RunningVm:
     async def call(self) -> AsyncIterator[Guest]:
         """The guest, awake for as long as this is held. Raises GuestDied, with the output so far, where the VM dies."""
         self._calls += 1
+        self._idle_from = None
         self._hold_freeze()
         try:
             async with self._temperature:
@@ -93,6 +106,7 @@ class RunningVm:
             raise
         finally:
             self._calls -= 1
+            self._note_idleness()
             self._plan_freeze()
 
     async def end(self, verdict: str, grace: float = KILL_GRACE) -> None:
@@ -162,16 +176,22 @@ class RunningVm:
         self._concluded.set()
 
     async def _watch_processes(self) -> None:
-        if Capability.FREEZE not in self.engine.capabilities:
-            return
         try:
             async for number in self._guest.processes():
                 self._processes = number
+                self._note_idleness()
                 self._plan_freeze()
         except RdsError as error:
             # The channel's end is noticed by the other watch; anything else leaves the guest awake, which is safe.
             self._processes = None
+            self._note_idleness()
             log.debug("%s: its processes are no longer known: %s", self.record.id, error)
+
+    def _note_idleness(self) -> None:
+        if self._calls or self._processes != 0:
+            self._idle_from = None
+        elif self._idle_from is None:
+            self._idle_from = time.monotonic()
 
     def _hold_freeze(self) -> None:
         if self._freeze_timer is not None:
@@ -180,7 +200,7 @@ class RunningVm:
 
     def _plan_freeze(self) -> None:
         self._hold_freeze()
-        if self._idle:
+        if self._idle and Capability.FREEZE in self.engine.capabilities:
             loop = asyncio.get_running_loop()
             self._freeze_timer = loop.call_later(FREEZE_AFTER, self._start_freeze)
 

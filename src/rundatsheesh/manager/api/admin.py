@@ -44,7 +44,7 @@ async def create_api_key(request: Request) -> Response:
     body = await read_json(request, CreateApiKeyBody)
     expires_at = None if body.expires_at is None else parse.future_time(body.expires_at, "expiresAt")
     context = context_of(request)
-    key, secret = await context.authenticator.create_api_key(body.name, expires_at)
+    key, secret = await context.authenticator.create_api_key(body.name, expires_at, parse.rights(body))
     await context.services.history.record_activity("key.create", caller=caller_of(request.scope), reason=key.id)
     return views.answer({**views.api_key(key), "secret": secret}, 201)
 

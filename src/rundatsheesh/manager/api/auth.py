@@ -13,13 +13,14 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from rundatsheesh.manager.api.problems import Unauthenticated
 from rundatsheesh.manager.api.ratelimit import Throttle, TokenBuckets
 from rundatsheesh.manager.api.services import CredentialService
-from rundatsheesh.manager.errors import Forbidden, InvalidInput
-from rundatsheesh.manager.model import ApiKey, Caller, Session, now
+from rundatsheesh.manager.errors import Forbidden, InvalidInput, LimitReached
+from rundatsheesh.manager.model import ApiKey, Caller, Rights, Scope, Session, now
 from rundatsheesh.manager.settings import Settings
 
 COOKIE = "rds_session"
@@ -31,17 +32,16 @@ BAD_CREDENTIALS_PER_MINUTE = 600  # per address: bounds the database look-ups th
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
+EVERYTHING = Rights(scopes=frozenset(Scope))
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """A proven caller."""
 
     who: str  # as in model.Caller
     kind: Literal["main_key", "api_key", "session"]
-
-    @property
-    def is_admin(self) -> bool:
-        """The admin's login, or the key of the settings, which is the admin's too."""
-        return self.kind != "api_key"
+    rights: Rights = EVERYTHING  # of the admin's login, and of the key of the settings, which is the admin's too
 
 
 class Authenticator:
@@ -84,7 +84,7 @@ class Authenticator:
         if not isinstance(found, ApiKey) or (found.expires_at is not None and found.expires_at <= now()):
             raise Unauthenticated("the API key is not valid")
         await self._mark_used(found)
-        return Identity(f"key:{found.id}", "api_key")
+        return Identity(f"key:{found.id}", "api_key", found.rights)
 
     async def find_session(self, connection: HTTPConnection) -> Session | None:
         """The session of the request's cookie, if it is valid."""
@@ -121,8 +121,8 @@ class Authenticator:
             await self._credentials.revoke_session(token)
             self._forget()
 
-    async def create_api_key(self, name: str, expires_at: datetime | None) -> tuple[ApiKey, str]:
-        created = await self._credentials.create_api_key(name, expires_at)
+    async def create_api_key(self, name: str, expires_at: datetime | None, rights: Rights) -> tuple[ApiKey, str]:
+        created = await self._credentials.create_api_key(name, expires_at, rights)
         self._forget()
         return created
 
@@ -167,12 +167,15 @@ class Authentication:
         self._app = app
         self._authenticator = authenticator
         self._calls = calls
+        self._own_calls = TokenBuckets(None, "calls of this API key", code=LimitReached.code)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
             identity = await self._authenticator.identify(HTTPConnection(scope))
             scope["rds.identity"] = identity
             self._calls.take(identity.who)
+            if (own := identity.rights.limits.calls_per_minute) is not None:
+                self._own_calls.take(identity.who, own)
         await self._app(scope, receive, send)
 
 
@@ -187,7 +190,7 @@ class DevelopmentHost:
         self._app = app
         self._active = not settings.api_key.get_secret_value()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if self._active and scope["type"] == "http" and not _is_own_name(Headers(scope=scope).get("host", "localhost")):
             raise Forbidden(
                 "the development key works on localhost only",
@@ -197,7 +200,7 @@ class DevelopmentHost:
         await self._app(scope, receive, send)
 
 
-def identity_of(scope: Scope) -> Identity:
+def identity_of(scope: ASGIScope) -> Identity:
     """Set by Authentication for every request under /v1."""
     identity = scope.get("rds.identity")
     if not isinstance(identity, Identity):
@@ -205,21 +208,39 @@ def identity_of(scope: Scope) -> Identity:
     return identity
 
 
-def caller_of(scope: Scope) -> Caller:
-    return Caller(request_id=scope["rds.request_id"], who=identity_of(scope).who)
+def caller_of(scope: ASGIScope) -> Caller:
+    """For calls that have their own proof of what the caller may do; see `authorize`."""
+    identity = identity_of(scope)
+    return Caller(request_id=scope["rds.request_id"], who=identity.who, limits=identity.rights.limits)
 
 
-def require_admin(scope: Scope) -> None:
-    if not identity_of(scope).is_admin:
-        raise Forbidden("this needs admin rights", code="admin_required", hint="log in, or use the server's main key")
+def authorize(scope: ASGIScope, needed: Scope) -> Caller:
+    """The caller, who may do this. Raises Forbidden (`forbidden`) that names the scope which the key lacks."""
+    if needed not in identity_of(scope).rights.scopes:
+        raise Forbidden(
+            f"this API key lacks the scope {needed.value!r}",
+            hint="use a key with that scope; the admin can make one",
+            details={"scope": needed.value},
+        )
+    return caller_of(scope)
 
 
-def require_admin_session(scope: Scope) -> None:
+def require_admin(scope: ASGIScope) -> None:
+    if Scope.ADMIN not in identity_of(scope).rights.scopes:
+        raise Forbidden(
+            "this needs admin rights",
+            code="admin_required",
+            hint="log in, or use the server's main key",
+            details={"scope": Scope.ADMIN.value},
+        )
+
+
+def require_admin_session(scope: ASGIScope) -> None:
     if identity_of(scope).kind != "session":
         raise Forbidden("this needs the admin's login", code="admin_session_required", hint="POST /auth/login first")
 
 
-def client_address(scope: Scope) -> str:
+def client_address(scope: ASGIScope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else ""
 

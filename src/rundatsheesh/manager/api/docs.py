@@ -21,7 +21,7 @@ from starlette.responses import RedirectResponse, Response
 from rundatsheesh.manager.api import openapi
 from rundatsheesh.manager.api.schemas.admin import CreateApiKeyBody, LoginBody
 from rundatsheesh.manager.api.schemas.run import ExecBody, RunJsBody, RunTsBody
-from rundatsheesh.manager.api.schemas.vms import CreateVmBody
+from rundatsheesh.manager.api.schemas.vms import CreateVmBody, UpdateVmBody
 from rundatsheesh.manager.errors import NotFound
 from rundatsheesh.manager.settings import Settings
 
@@ -29,7 +29,7 @@ router = APIRouter(include_in_schema=False)
 
 PAGES = ("index", "quickstart", "api", "settings", "security", "engines")  # in the order of the navigation
 SWAGGER_PACKAGE = "fastapi_swagger.resources"  # carries the unchanged files of swagger-ui-dist
-BODIES = (CreateVmBody, ExecBody, RunTsBody, RunJsBody, LoginBody, CreateApiKeyBody)
+BODIES = (CreateVmBody, UpdateVmBody, ExecBody, RunTsBody, RunJsBody, LoginBody, CreateApiKeyBody)
 
 _HERE = Path(__file__).parent
 MARKDOWN = _HERE / "pages"  # the repository's docs/, linked here so that an installation carries it

@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rundatsheesh.manager.api import parse, views
-from rundatsheesh.manager.api.auth import caller_of
+from rundatsheesh.manager.api.auth import authorize
 from rundatsheesh.manager.api.context import VmId, services_of
 from rundatsheesh.manager.api.openapi import GUEST_ERRORS, operation
 from rundatsheesh.manager.api.problems import UnsupportedMediaType
 from rundatsheesh.manager.api.requests import check_declared_length, read_query, stream_body
 from rundatsheesh.manager.api.schemas.files import DownloadQuery, UploadQuery
 from rundatsheesh.manager.api.streaming import StreamedDownload, until_disconnect
+from rundatsheesh.manager.model import Scope
 
 router = APIRouter(prefix="/v1/vms/{vm_id:ident}/files", tags=["Files"])
 
@@ -36,6 +37,7 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     ),
 )
 async def upload(request: Request, vm_id: VmId) -> Response:
+    caller = authorize(request.scope, Scope.FILES)
     services = services_of(request)
     dest = parse.guest_path(read_query(request, UploadQuery).dest, "dest")
     _check_media_type(request)
@@ -43,7 +45,7 @@ async def upload(request: Request, vm_id: VmId) -> Response:
     too_large = f"the upload is larger than {limit} bytes (MAX_UPLOAD_BYTES)"
     check_declared_length(request, limit, too_large)
     body = stream_body(request, limit, too_large)
-    await services.vms.upload(vm_id, dest, body, caller_of(request.scope))
+    await services.vms.upload(vm_id, dest, body, caller)
     return views.nothing()
 
 
@@ -58,8 +60,9 @@ async def upload(request: Request, vm_id: VmId) -> Response:
     ),
 )
 async def download(request: Request, vm_id: VmId) -> Response:
+    caller = authorize(request.scope, Scope.FILES)
     path = parse.guest_path(read_query(request, DownloadQuery).path, "path")
-    opening = services_of(request).vms.download(vm_id, path, caller_of(request.scope))
+    opening = services_of(request).vms.download(vm_id, path, caller)
     chunks = await until_disconnect(request, opening)
     return StreamedDownload(chunks, media_type="application/gzip", filename=_archive_name(path))
 

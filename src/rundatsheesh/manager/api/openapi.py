@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -45,16 +45,20 @@ def operation(
     answer: type[BaseModel] | Json | None = None,
     body: type[BaseModel] | Json | None = None,
     query: type[BaseModel] | None = None,
+    headers: Mapping[str, str] | None = None,
     errors: Iterable[int] = (),
     public: bool = False,
 ) -> Json:
-    """Keyword arguments for a route decorator. `answer` and `body` are models, or OpenAPI content by media type."""
-    codes = {*errors, 500, *(() if public else (401, 429))}
+    """Keyword arguments for a route decorator. `answer` and `body` are models, or OpenAPI content by media type;
+    `headers` describes optional ones by name."""
+    codes = {*errors, 500, *(() if public else (401, 403, 429))}
     responses: dict[int | str, Json] = {status: _answer(answer)}
     responses |= {code: {"model": Problem, "description": _DESCRIPTIONS[code]} for code in sorted(codes)}
     extra: Json = {}
     if query is not None:
         extra["parameters"] = _parameters(query)
+    if headers is not None:
+        extra["parameters"] = [*extra.get("parameters", ()), *(_header(*item) for item in headers.items())]
     if body is not None:
         content = body if isinstance(body, dict) else {"application/json": {"schema": {"$ref": _reference(body)}}}
         extra["requestBody"] = {"required": True, "content": content}
@@ -124,6 +128,11 @@ def _parameters(model: type[BaseModel]) -> list[Json]:
         }
         for name, prop in schema["properties"].items()
     ]
+
+
+def _header(name: str, description: str) -> Json:
+    schema = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
 
 
 def _plain(prop: Json) -> Json:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 import idna
+from starlette.datastructures import Headers
 
+from rundatsheesh.manager.api.schemas.admin import CreateApiKeyBody
 from rundatsheesh.manager.api.schemas.run import MAX_ARGUMENT_BYTES, ExecBody, RunJsBody, RunTsBody
-from rundatsheesh.manager.api.schemas.vms import CreateVmBody
+from rundatsheesh.manager.api.schemas.vms import CreateVmBody, UpdateVmBody
 from rundatsheesh.manager.errors import InvalidInput
-from rundatsheesh.manager.model import WORKSPACE, CreateVm, ExecCall, ScriptCall, now
+from rundatsheesh.manager.model import (
+    WORKSPACE,
+    CreateVm,
+    ExecCall,
+    Lifetime,
+    LifetimeChange,
+    Limits,
+    Once,
+    Rights,
+    Scope,
+    ScriptCall,
+    Unchanged,
+    now,
+)
 from rundatsheesh.manager.settings import Settings
 
 HOME_ALIAS = "/home/user"
@@ -21,6 +38,7 @@ DEFAULT_TIMEOUT_MS = 120_000
 MAX_PROCESS_BYTES = 1 << 20  # arguments and variables of one process together; the kernel's limit is 2 MiB
 
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}(/[0-9]{1,2})?")
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
@@ -43,7 +61,37 @@ def create_vm(body: CreateVmBody, settings: Settings) -> CreateVm:
         snapshot_id=body.snapshot_id or body.user_overlay_snapshot_id,
         name=body.name,
         labels=body.labels,
+        lifetime=Lifetime(body.ttl_ms, body.idle_timeout_ms),
     )
+
+
+def lifetime_change(body: UpdateVmBody) -> LifetimeChange:
+    named = body.model_fields_set
+    return LifetimeChange(
+        ttl_ms=body.ttl_ms if "ttl_ms" in named else Unchanged.UNCHANGED,
+        idle_timeout_ms=body.idle_timeout_ms if "idle_timeout_ms" in named else Unchanged.UNCHANGED,
+    )
+
+
+def rights(body: CreateApiKeyBody) -> Rights:
+    egress = None if body.allow_ips is None else [_network(index, entry) for index, entry in enumerate(body.allow_ips)]
+    limits = body.limits
+    return Rights(
+        scopes=Rights().scopes if body.scopes is None else frozenset(Scope(name) for name in body.scopes),
+        egress=None if egress is None else tuple(egress),
+        limits=Limits(limits.max_vms, limits.max_cpu, limits.max_mem_mb, limits.calls_per_minute),
+    )
+
+
+def once(headers: Headers, body: CreateVmBody) -> Once | None:
+    """What `Idempotency-Key` asks for. Raises InvalidInput (`idempotency_key_invalid`)."""
+    given = headers.getlist("idempotency-key")
+    if not given:
+        return None
+    if len(given) > 1 or not _IDEMPOTENCY_KEY.fullmatch(given[0]):
+        raise InvalidInput("Idempotency-Key: 1 to 255 visible ASCII characters, once", code="idempotency_key_invalid")
+    asked = json.dumps(body.model_dump(), sort_keys=True)
+    return Once(hashlib.sha256(given[0].encode()).hexdigest(), hashlib.sha256(asked.encode()).hexdigest())
 
 
 def exec_call(body: ExecBody, settings: Settings) -> ExecCall:

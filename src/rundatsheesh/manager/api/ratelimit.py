@@ -14,31 +14,37 @@ Clock = Callable[[], float]
 
 
 class TokenBuckets:
-    """At most `per_minute` calls a minute for each key, a minute's worth at once. 0 means no limit."""
+    """At most `per_minute` calls a minute for each key, a minute's worth at once. 0 means no limit; None that each
+    call of `take` says what is its key's."""
 
-    def __init__(self, per_minute: int, what: str, clock: Clock = time.monotonic) -> None:
-        self._capacity = float(per_minute)
-        self._refill = per_minute / 60
+    def __init__(
+        self, per_minute: int | None, what: str, clock: Clock = time.monotonic, code: str = "rate_limited"
+    ) -> None:
+        self._per_minute = per_minute
         self._what = what
+        self._code = code
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens left, when that was true
 
-    def take(self, key: str) -> None:
+    def take(self, key: str, per_minute: int = 0) -> None:
         """Raises LimitReached (`rate_limited`) with the time until the next token."""
-        if self._capacity == 0:
+        capacity = float(per_minute if self._per_minute is None else self._per_minute)
+        refill = capacity / 60
+        if capacity == 0:
             return
         at = self._clock()
-        tokens, since = self._buckets.pop(key, (self._capacity, at))
-        tokens = min(self._capacity, tokens + (at - since) * self._refill)
+        tokens, since = self._buckets.pop(key, (capacity, at))
+        tokens = min(capacity, tokens + (at - since) * refill)
         allowed = tokens >= 1
         self._buckets[key] = (tokens - 1 if allowed else tokens, at)
         if len(self._buckets) > MAX_TRACKED:
             self._buckets.popitem(last=False)
         if not allowed:
             raise LimitReached(
-                f"more than {self._capacity:.0f} {self._what} per minute",
-                code="rate_limited",
-                retry_after=(1 - tokens) / self._refill,
+                f"more than {capacity:.0f} {self._what} per minute",
+                code=self._code,
+                details={"limit": int(capacity)},
+                retry_after=(1 - tokens) / refill,
             )
 
 

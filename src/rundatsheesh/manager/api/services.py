@@ -16,8 +16,10 @@ from rundatsheesh.manager.model import (
     ExecLogPage,
     Healing,
     Leak,
+    LifetimeChange,
     LogView,
     Overview,
+    Rights,
     ScriptCall,
     Session,
     State,
@@ -58,6 +60,8 @@ class VmService(Protocol):
 
     async def list(self, *, state: State | None, labels: Mapping[str, str]) -> list[VmRecord]: ...
 
+    async def change_lifetime(self, vm_id: str, change: LifetimeChange, caller: Caller) -> VmRecord: ...
+
     async def start(self, vm_id: str, caller: Caller) -> None: ...
 
     async def stop(self, vm_id: str, caller: Caller) -> None: ...
@@ -87,7 +91,7 @@ class CredentialService(Protocol):
 
     async def revoke_session(self, token: str) -> None: ...
 
-    async def create_api_key(self, name: str, expires_at: datetime | None) -> tuple[ApiKey, str]: ...
+    async def create_api_key(self, name: str, expires_at: datetime | None, rights: Rights) -> tuple[ApiKey, str]: ...
 
     async def list_api_keys(self) -> list[ApiKey]: ...
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from starlette.responses import Response
 
 from rundatsheesh.manager.api.services import CallOutcome
 from rundatsheesh.manager.errors import GuestMisbehaved
-from rundatsheesh.manager.model import ActivityEntry, ApiKey, ExecLogEntry, Healing, Leak, LogView, Overview, VmRecord
+from rundatsheesh.manager.model import (
+    ActivityEntry,
+    ApiKey,
+    ExecLogEntry,
+    Healing,
+    Leak,
+    LogView,
+    Overview,
+    State,
+    VmRecord,
+    now,
+)
 
 Json = dict[str, Any]
 
@@ -55,7 +66,26 @@ def vm(record: VmRecord) -> Json:
     for optional in ("name", "reason"):
         if view[optional] is None:
             del view[optional]
+    return view | _lifetime(record)
+
+
+def _lifetime(record: VmRecord) -> Json:
+    """Only what is set."""
+    view: Json = {}
+    at, lifetime = now(), record.spec.lifetime
+    if record.expires_at is not None:
+        view |= {"ttlMs": lifetime.ttl_ms, "expiresAt": timestamp(record.expires_at)}
+        view["remainingMs"] = _milliseconds(record.expires_at - at)
+    if lifetime.idle_timeout_ms is not None:
+        view["idleTimeoutMs"] = lifetime.idle_timeout_ms
+        if record.state is State.RUNNING:
+            idle = timedelta(0) if record.idle_since is None else at - record.idle_since
+            view["idleRemainingMs"] = _milliseconds(timedelta(milliseconds=lifetime.idle_timeout_ms) - idle)
     return view
+
+
+def _milliseconds(time: timedelta) -> int:
+    return max(0, time // timedelta(milliseconds=1))
 
 
 def outcome(call: CallOutcome) -> Json:
@@ -112,6 +142,7 @@ def exec_log_entry(entry: ExecLogEntry) -> Json:
 
 
 def api_key(key: ApiKey) -> Json:
+    egress, limits = key.rights.egress, key.rights.limits
     return {
         "id": key.id,
         "name": key.name,
@@ -119,6 +150,14 @@ def api_key(key: ApiKey) -> Json:
         "expiresAt": timestamp(key.expires_at),
         "revokedAt": timestamp(key.revoked_at),
         "lastUsedAt": timestamp(key.last_used_at),
+        "scopes": sorted(key.rights.scopes),
+        "allowIps": None if egress is None else [str(network) for network in egress],
+        "limits": {
+            "maxVms": limits.vms,
+            "maxCpu": limits.cpu,
+            "maxMemMb": limits.mem_mb,
+            "callsPerMinute": limits.calls_per_minute,
+        },
     }
 
 

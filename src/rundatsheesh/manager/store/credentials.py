@@ -6,18 +6,20 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from ipaddress import IPv4Network
 from typing import Any
 
 from sqlalchemy import Row, bindparam, delete, func, insert, or_, select, update
 
 from rundatsheesh.manager.errors import LimitReached, NotFound
-from rundatsheesh.manager.model import ApiKey, Session, now
+from rundatsheesh.manager.model import ApiKey, Limits, Rights, Scope, Session, now
 from rundatsheesh.manager.store import schema
 from rundatsheesh.manager.store.database import Database, finish
 
 SESSION_LIFE = timedelta(days=7)
 MAX_SESSIONS = 1000  # the oldest go first
 MAX_API_KEYS = 1000
+DEFAULT_RIGHTS = Rights()
 
 
 def hash_token(token: str) -> str:
@@ -63,10 +65,12 @@ class Credentials:
         async with self._database.write() as db:
             await db.execute(delete(schema.sessions).where(schema.sessions.c.token_hash == token_hash))
 
-    async def create_api_key(self, name: str, expires_at: datetime | None) -> tuple[ApiKey, str]:
+    async def create_api_key(
+        self, name: str, expires_at: datetime | None, rights: Rights = DEFAULT_RIGHTS
+    ) -> tuple[ApiKey, str]:
         """The key and its secret, which cannot be read again. Raises LimitReached over MAX_API_KEYS valid keys."""
         secret = "rds_" + secrets.token_urlsafe(32)
-        key = ApiKey("key-" + secrets.token_hex(8), name, now(), expires_at, None, None)
+        key = ApiKey("key-" + secrets.token_hex(8), name, now(), expires_at, None, None, rights)
         await finish(self._insert_api_key(key, hash_token(secret)))
         return key, secret
 
@@ -86,6 +90,7 @@ class Credentials:
                     secret_hash=secret_hash,
                     created_at=key.created_at,
                     expires_at=key.expires_at,
+                    **_rights_columns(key.rights),
                 )
             )
 
@@ -137,4 +142,26 @@ class Credentials:
 
 
 def _key(row: Row[Any]) -> ApiKey:
-    return ApiKey(row.id, row.name, row.created_at, row.expires_at, row.revoked_at, row.last_used_at)
+    rights = _rights(row)
+    return ApiKey(row.id, row.name, row.created_at, row.expires_at, row.revoked_at, row.last_used_at, rights)
+
+
+def _rights(row: Row[Any]) -> Rights:
+    return Rights(
+        # A scope that this version does not know gives nothing.
+        scopes=DEFAULT_RIGHTS.scopes if row.scopes is None else frozenset(Scope) & frozenset(row.scopes),
+        egress=None if row.egress is None else tuple(IPv4Network(network) for network in row.egress),
+        limits=Limits(row.max_vms, row.max_cpu, row.max_mem_mb, row.max_calls_per_minute),
+    )
+
+
+def _rights_columns(rights: Rights) -> dict[str, Any]:
+    limits = rights.limits
+    return {
+        "scopes": sorted(rights.scopes),
+        "egress": None if rights.egress is None else [str(network) for network in rights.egress],
+        "max_vms": limits.vms,
+        "max_cpu": limits.cpu,
+        "max_mem_mb": limits.mem_mb,
+        "max_calls_per_minute": limits.calls_per_minute,
+    }

@@ -21,7 +21,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-HEAD = "0001"  # the newest migration; equal to alembic_version when nothing is to be done
+HEAD = "0002"  # the newest migration; equal to alembic_version when nothing is to be done
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -76,6 +76,10 @@ vms = Table(
     Column("reason", Text),
     Column("created_at", UtcDateTime, nullable=False),
     Column("started_at", UtcDateTime),
+    Column("created_by", String(320), index=True),  # who, as in the activity; whose limits the VM counts against
+    Column("ttl_ms", BigInteger),
+    Column("idle_timeout_ms", BigInteger),
+    Column("expires_at", UtcDateTime, index=True),
 )
 
 # One row per block of slots: where the search for a free slot goes on, so that a slot just freed is the last to be
@@ -140,4 +144,25 @@ api_keys = Table(
     Column("expires_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     Column("last_used_at", UtcDateTime),
+    Column("scopes", JSON(none_as_null=True)),  # null: what a key may do that names none
+    Column("egress", JSON(none_as_null=True)),
+    Column("max_vms", Integer),
+    Column("max_cpu", Integer),
+    Column("max_mem_mb", Integer),
+    Column("max_calls_per_minute", Integer),
+)
+
+# Creations that must happen once. `vm_id` is set by the transaction that makes the VM's record, `finished` when the VM
+# was given to its caller: so an unfinished row without a VM is a creation that failed or was cut short.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("who", String(320), primary_key=True),
+    Column("key_hash", String(64), primary_key=True),
+    Column("body_hash", String(64), nullable=False),
+    Column("owner", String(64), nullable=False),  # the creation that works on it
+    Column("node_id", String(64), nullable=False),  # the server where that runs
+    Column("vm_id", String(32)),  # no foreign key: the row outlives the VM
+    Column("finished", Boolean, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, index=True),
 )

@@ -6,21 +6,19 @@ import asyncio
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
-from ipaddress import IPv4Network
 from typing import Any, TypeAlias, TypedDict, Unpack
 
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from rundatsheesh.manager.errors import Conflict, LimitReached, NotFound, Unavailable
+from rundatsheesh.manager.errors import Conflict, NotFound, Unavailable
 from rundatsheesh.manager.model import (
     FIRST_USABLE_SLOT,
     GUEST_NETWORK,
     HIDDEN,
     SLOTS_PER_BLOCK,
     Caller,
-    EgressPolicy,
     Isolation,
     ProvisionMode,
     Slot,
@@ -34,9 +32,12 @@ from rundatsheesh.manager.store import schema
 from rundatsheesh.manager.store.credentials import Credentials
 from rundatsheesh.manager.store.database import Database, finish, is_unique_violation
 from rundatsheesh.manager.store.history import History
+from rundatsheesh.manager.store.idempotency import Idempotency, note_vm
+from rundatsheesh.manager.store.lifetimes import Lifetimes
+from rundatsheesh.manager.store.quota import QUOTA_RETRY_AFTER_S, check_key_limits, check_server_limit, hold_counts
+from rundatsheesh.manager.store.rows import deadline, from_row, spec_columns, to_row
 
 RESERVE_ATTEMPTS = 5
-QUOTA_RETRY_AFTER_S = 5.0
 
 Records: TypeAlias = list[VmRecord]  # `Store.list` hides the builtin inside the class
 
@@ -59,6 +60,8 @@ class Store:
         self._database = database
         self.credentials = Credentials(database)
         self.history = History(database)
+        self.lifetimes = Lifetimes(database)
+        self.idempotency = Idempotency(database)
 
     @classmethod
     async def open(cls, url: str) -> Store:
@@ -82,9 +85,10 @@ class Store:
     ) -> VmRecord:
         """A new record in CREATING (or WARM) with a slot of `block` that nobody else holds.
 
-        Raises LimitReached when the node already has `max_vms` records, of callers or else of warm VMs; Unavailable
-        when the block has no free slot. A cancelled call leaves no record.
+        Raises LimitReached when the node already has `max_vms` records, of callers or else of warm VMs, or the caller
+        as much as its limits allow; Unavailable when the block has no free slot. A cancelled call leaves no record.
         """
+        created = now()
         record = VmRecord(
             id=new_vm_id(),
             node_id=node_id,
@@ -95,8 +99,9 @@ class Store:
             provision_mode=provision_mode,
             boot_id=None,
             reason=None,
-            created_at=now(),
+            created_at=created,
             started_at=None,
+            expires_at=deadline(spec.lifetime.ttl_ms, created),
         )
         try:
             return await finish(self._reserve(record, block, max_vms, caller))
@@ -109,10 +114,11 @@ class Store:
             try:
                 async with self._database.write() as db:
                     slot = await _take_slot(db, block)
-                    await _check_quota(db, record.node_id, max_vms, warm=record.state is State.WARM)
+                    warm = record.state is State.WARM
+                    await _check_quota(db, record.node_id, max_vms, record.spec, None if warm else caller)
                     reserved = replace(record, slot=slot)
-                    await db.execute(insert(schema.vms).values(_to_row(reserved)))
-                    if record.state is not State.WARM:
+                    await db.execute(insert(schema.vms).values(**to_row(reserved), created_by=caller.who))
+                    if not warm:
                         await _note_create(db, record.id, record.created_at, caller)
                     return reserved
             except IntegrityError as error:
@@ -131,17 +137,24 @@ class Store:
     async def _claim(self, vm_id: str, spec: VmSpec, node_id: str, max_vms: int, caller: Caller) -> VmRecord | None:
         created = now()
         async with self._database.write() as db:
-            await _check_quota(db, node_id, max_vms, warm=False)
+            await _check_quota(db, node_id, max_vms, spec, caller)
             statement = (
                 update(schema.vms)
                 .where(schema.vms.c.id == vm_id, schema.vms.c.state == State.WARM.value)
-                .values(state=State.RUNNING.value, created_at=created, started_at=created, **_spec_columns(spec))
+                .values(
+                    state=State.RUNNING.value,
+                    created_at=created,
+                    started_at=created,
+                    created_by=caller.who,
+                    expires_at=deadline(spec.lifetime.ttl_ms, created),
+                    **spec_columns(spec),
+                )
                 .returning(schema.vms)
             )
             row = (await db.execute(statement)).one_or_none()
             if row is not None:
                 await _note_create(db, vm_id, created, caller)
-        return _from_row(row) if row is not None else None
+        return from_row(row) if row is not None else None
 
     async def move(self, vm_id: str, from_: Collection[State], to: State, **changes: Unpack[VmChanges]) -> VmRecord:
         """Set the state (and `changes`) if the VM is in one of `from_`; returns the record as it is now.
@@ -161,7 +174,7 @@ class Store:
             )
             row = (await db.execute(statement)).one_or_none()
             if row is not None:
-                return _from_row(row)
+                return from_row(row)
             found = await db.scalar(select(schema.vms.c.state).where(schema.vms.c.id == vm_id))
         if found is None or found in HIDDEN:
             raise vm_not_found(vm_id)
@@ -173,7 +186,7 @@ class Store:
             row = (await db.execute(select(schema.vms).where(schema.vms.c.id == vm_id))).one_or_none()
         if row is None or row.state in HIDDEN:
             raise vm_not_found(vm_id)
-        return _from_row(row)
+        return from_row(row)
 
     async def list(
         self, *, state: State | None = None, labels: Mapping[str, str] | None = None, node: str | None = None
@@ -195,7 +208,7 @@ class Store:
         if node is not None:
             statement = statement.where(schema.vms.c.node_id == node)
         async with self._database.read() as db:
-            return [_from_row(row) for row in await db.execute(statement)]
+            return [from_row(row) for row in await db.execute(statement)]
 
     async def delete(self, vm_id: str) -> None:
         """Forget the VM and its execution log, and free its slot. Idempotent."""
@@ -219,20 +232,16 @@ def wrong_state(vm_id: str, found: State, allowed: Collection[State]) -> Conflic
 async def _note_create(db: AsyncConnection, vm_id: str, at: datetime, caller: Caller) -> None:
     activity = {"at": at, "kind": "vm.create", "vm_id": vm_id, "who": caller.who, "request_id": caller.request_id}
     await db.execute(insert(schema.activity).values(activity))
+    if caller.once is not None:
+        await note_vm(db, caller.who, caller.once, vm_id)
 
 
-async def _check_quota(db: AsyncConnection, node_id: str, most: int, *, warm: bool) -> None:
-    """Warm VMs and callers' VMs are counted apart. Call it while the transaction holds what makes others wait."""
-    is_warm = schema.vms.c.state == State.WARM.value
-    counted = (schema.vms.c.node_id == node_id, is_warm if warm else ~is_warm)
-    count = await db.scalar(select(func.count()).select_from(schema.vms).where(*counted))
-    if (count or 0) >= most:
-        raise LimitReached(
-            f"this server already has {most} VMs (MAX_VMS)",
-            hint="delete a VM that is no longer needed",
-            details={"limit": most},
-            retry_after=QUOTA_RETRY_AFTER_S,
-        )
+async def _check_quota(db: AsyncConnection, node_id: str, most: int, spec: VmSpec, caller: Caller | None) -> None:
+    """`caller` is None for a warm VM: those are counted apart. Others that count wait until the transaction ends."""
+    await hold_counts(db, node_id, caller)
+    await check_server_limit(db, node_id, most, warm=caller is None)
+    if caller is not None:
+        await check_key_limits(db, caller, spec)
 
 
 async def _take_slot(db: AsyncConnection, block: int) -> Slot:
@@ -268,71 +277,7 @@ def usable_slots(block: int) -> tuple[int, int]:
     return first, last
 
 
-def _spec_columns(spec: VmSpec) -> dict[str, Any]:
-    return {
-        "cpu": spec.cpu,
-        "mem_mb": spec.mem_mb,
-        "disk_mb": spec.disk_mb,
-        "outbound": spec.policy.outbound,
-        "allow_ips": [str(network) for network in spec.policy.allow_ips],
-        "allow_domains": list(spec.policy.allow_domains),
-        "engine": spec.engine,
-        "image_id": spec.image_id,
-        "snapshot_id": spec.snapshot_id,
-        "name": spec.name,
-        "labels": dict(spec.labels),
-    }
-
-
 def _changed_columns(changes: VmChanges) -> dict[str, Any]:
     columns: dict[str, Any] = {**changes}
     spec = columns.pop("spec", None)
-    return columns if spec is None else {**columns, **_spec_columns(spec)}
-
-
-def _to_row(record: VmRecord) -> dict[str, Any]:
-    return {
-        "id": record.id,
-        "node_id": record.node_id,
-        "slot": record.slot.number,
-        "state": record.state.value,
-        "isolation": record.isolation.value,
-        "provision_mode": record.provision_mode.value,
-        "boot_id": record.boot_id,
-        "reason": record.reason,
-        "created_at": record.created_at,
-        "started_at": record.started_at,
-        **_spec_columns(record.spec),
-    }
-
-
-def _from_row(row: Row[Any]) -> VmRecord:
-    policy = EgressPolicy(
-        outbound=row.outbound,
-        allow_ips=tuple(IPv4Network(network) for network in row.allow_ips),
-        allow_domains=tuple(row.allow_domains),
-    )
-    spec = VmSpec(
-        cpu=row.cpu,
-        mem_mb=row.mem_mb,
-        disk_mb=row.disk_mb,
-        policy=policy,
-        engine=row.engine,
-        image_id=row.image_id,
-        snapshot_id=row.snapshot_id,
-        name=row.name,
-        labels=row.labels,
-    )
-    return VmRecord(
-        id=row.id,
-        node_id=row.node_id,
-        slot=Slot(row.slot),
-        spec=spec,
-        state=State(row.state),
-        isolation=Isolation(row.isolation),
-        provision_mode=ProvisionMode(row.provision_mode),
-        boot_id=row.boot_id,
-        reason=row.reason,
-        created_at=row.created_at,
-        started_at=row.started_at,
-    )
+    return columns if spec is None else {**columns, **spec_columns(spec)}

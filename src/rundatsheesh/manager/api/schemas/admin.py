@@ -9,6 +9,8 @@ from pydantic import Field
 from rundatsheesh.manager.api.schemas.base import Body, Line, Query, Text, Timestamp, View
 from rundatsheesh.manager.model import LeakKind
 
+MAX_LIMIT = 1_000_000_000
+
 
 class LoginBody(Body):
     email: Annotated[Text, Field(max_length=320)] = Field(examples=["admin@localhost"])
@@ -23,11 +25,37 @@ class OkView(View):
     ok: Literal[True]
 
 
+ScopeName = Literal["vm:read", "vm:write", "exec", "files", "admin"]
+
+
+class KeyLimitsBody(Body):
+    """What the key may use at once; what is not named is not limited."""
+
+    max_vms: Annotated[int, Field(ge=0, le=MAX_LIMIT)] | None = None
+    max_cpu: Annotated[int, Field(ge=0, le=MAX_LIMIT)] | None = Field(None, description="vCPUs of its VMs together.")
+    max_mem_mb: Annotated[int, Field(ge=0, le=MAX_LIMIT)] | None = Field(None, description="Memory, together, MiB.")
+    calls_per_minute: Annotated[int, Field(ge=1, le=MAX_LIMIT)] | None = None
+
+
 class CreateApiKeyBody(Body):
     name: Annotated[Line, Field(min_length=1, max_length=128)] = Field(examples=["ci"])
     expires_at: Annotated[Text, Field(max_length=64)] | None = Field(
         None, description="RFC 3339, in the future; never unless given.", examples=["2099-01-01T00:00:00Z"]
     )
+    scopes: list[ScopeName] | None = Field(
+        None, min_length=1, max_length=5, description="What it may do; everything but `admin` unless given."
+    )
+    allow_ips: list[Annotated[Text, Field(max_length=64)]] | None = Field(
+        None, max_length=64, description="Where VMs that it creates may reach at most; anywhere unless given."
+    )
+    limits: KeyLimitsBody = KeyLimitsBody()
+
+
+class KeyLimitsView(View):
+    max_vms: int | None
+    max_cpu: int | None
+    max_mem_mb: int | None
+    calls_per_minute: int | None
 
 
 class ApiKeyView(View):
@@ -37,6 +65,9 @@ class ApiKeyView(View):
     expires_at: Timestamp | None
     revoked_at: Timestamp | None
     last_used_at: Timestamp | None = Field(description="To the minute.")
+    scopes: list[ScopeName]
+    allow_ips: list[str] | None = Field(description="null: anywhere.")
+    limits: KeyLimitsView
 
 
 class NewApiKeyView(ApiKeyView):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rundatsheesh.manager.api.schemas.base import Body, Line, Query, Text, Timestamp, View
 
@@ -17,6 +17,11 @@ LABEL_KEY = r"^[^=\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 LabelKey = Annotated[str, Field(min_length=1, max_length=64, pattern=LABEL_KEY)]
 LabelValue = Annotated[Line, Field(max_length=256)]
 Id = Annotated[str, Field(pattern="^[A-Za-z0-9._:-]{1,128}$")]
+
+
+MIN_LIFETIME_MS = 1000
+MAX_LIFETIME_MS = 365 * 24 * 3_600_000
+LifetimeMs = Annotated[int, Field(ge=MIN_LIFETIME_MS, le=MAX_LIFETIME_MS)]
 
 
 class CreateVmBody(Body):
@@ -39,11 +44,30 @@ class CreateVmBody(Body):
     disk_size_mb: int | None = Field(None, ge=64, description="Size of /workspace in MiB, up to MAX_DISK_MB.")
     name: Annotated[Line, Field(min_length=1, max_length=128)] | None = None
     labels: dict[LabelKey, LabelValue] = Field(default={}, max_length=32, description="At most 32.")
+    ttl_ms: LifetimeMs | None = Field(None, description="Delete the VM this long after its creation.")
+    idle_timeout_ms: LifetimeMs | None = Field(
+        None, description="Stop the VM when for this long no call was open and no process of its user lived."
+    )
 
     @model_validator(mode="after")
     def _one_snapshot(self) -> CreateVmBody:
         if self.snapshot_id is not None and self.user_overlay_snapshot_id is not None:
             raise ValueError("snapshotId and userOverlaySnapshotId are the same field; give one")
+        return self
+
+
+class UpdateVmBody(Body):
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    ttl_ms: LifetimeMs | None = Field(
+        None, description="Delete the VM this long from now; null: never.", examples=[3_600_000]
+    )
+    idle_timeout_ms: LifetimeMs | None = Field(None, description="As at the creation; null: never stop it.")
+
+    @model_validator(mode="after")
+    def _something(self) -> UpdateVmBody:
+        if not self.model_fields_set:
+            raise ValueError("name at least one of ttlMs and idleTimeoutMs")
         return self
 
 
@@ -83,6 +107,13 @@ class VmView(View):
     started_at: Timestamp | None = Field(description="null before its first start.")
     boot_id: str | None = Field(description="New at each boot of the guest.")
     reason: str | None = Field(None, description="Why the VM is in ERROR or stopped by itself; absent otherwise.")
+    ttl_ms: int | None = Field(None, description="Time to live as last set; absent when the VM has none.")
+    expires_at: Timestamp | None = Field(None, description="When it ends; absent when the VM has none.")
+    remaining_ms: int | None = Field(None, description="Until `expiresAt`; absent when the VM has none.")
+    idle_timeout_ms: int | None = Field(None, description="Absent when the VM has none.")
+    idle_remaining_ms: int | None = Field(
+        None, description="Until the VM is stopped if nothing happens; absent unless it runs and has `idleTimeoutMs`."
+    )
 
 
 class LogsView(View):
