@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-from gvisor_support import IMAGE_CACHE, MEM_MB, Lab, OneImage, open_lab
+from agent_guest import MAX_OUTPUT, sh
+from agent_guest import agent_lab as agent_lab
+from agent_guest import guest as guest
+from gvisor_support import MEM_MB
 from gvisor_support import guest_root as guest_root
 
-import rundatsheesh.agent
-from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
-from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
+from rundatsheesh.manager.guest import Guest, ScriptRequest
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="sandboxes need root")
-
-AGENT = Path(rundatsheesh.agent.__file__).parent
-MAX_OUTPUT = 1 << 16
 
 HOGS = {
     "one large object": """python3 -c 'b = b"x" * (600 << 20)'""",
@@ -29,25 +25,6 @@ import os
 fd = os.memfd_create("x")
 while True: os.write(fd, bytes(1 << 20))'""",
 }
-
-
-@pytest.fixture
-async def lab(tmp_path: Path, guest_root: Path) -> AsyncIterator[Lab]:
-    async with open_lab(tmp_path, guest_root) as opened:
-        opened.engine = GVisor(GVisorConfig(IMAGE_CACHE, OneImage(guest_root), AGENT))
-        yield opened
-
-
-@pytest.fixture
-async def guest(lab: Lab) -> AsyncIterator[Guest]:
-    machine = await lab.start()
-    connected = await Guest.connect(await machine.connect(), timeout=30)
-    yield connected
-    await connected.close()
-
-
-async def sh(guest: Guest, command: str) -> CallResult:
-    return await guest.exec(ExecRequest(cmd=command, timeout_ms=60_000, max_output=MAX_OUTPUT))
 
 
 async def test_a_program_without_measure_is_killed_and_nobody_else(guest: Guest) -> None:

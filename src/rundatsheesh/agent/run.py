@@ -264,9 +264,12 @@ class Run:
 
 
 def _stdin(data: bytes) -> int:
+    """The input as a file that nobody else can open: gVisor lets everybody reach our descriptors through /proc, where
+    only the mode of the file counts."""
     if not data:
         return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     fd = os.memfd_create("stdin")
+    os.fchmod(fd, 0)
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -15,7 +15,12 @@ CARRY_BYTES = 64 << 10  # of the runs before, with which a log begins
 
 
 def open_log(kept: Path, live: Path) -> None:
-    """Let the log of this run begin with the tail of the earlier ones, and be found where logs are looked for."""
+    """Let the log of this run begin with the tail of the earlier ones, and be found where logs are looked for.
+
+    For root alone: a guest's user can open what his agent has open, if the mode of the file lets him.
+    """
+    live.touch(mode=0o600)
+    live.chmod(0o600)
     live.write_bytes(read_tail(kept, CARRY_BYTES))
     new = kept.with_name(kept.name + ".new")
     new.unlink(missing_ok=True)
