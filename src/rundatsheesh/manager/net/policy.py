@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 from typing import NamedTuple
 
 from rundatsheesh.manager.model import GATEWAY, GUEST_NETWORK, SLOTS_PER_BLOCK, EgressPolicy, Slot
+from rundatsheesh.manager.net.ruleset import TABLE
 
 EVERYWHERE = IPv4Network("0.0.0.0/0")
 
@@ -214,107 +215,23 @@ def table_text(block: int, resolver_port: int) -> str:
     Refusals answer: a TCP reset or an ICMP error reaches the guest immediately. UDP is refused as by a closed port,
     because gVisor's network stack tells its programs of no other ICMP error.
     """
-    links = f'"rds{block}-*"'
     addresses = GUEST_NETWORK.network_address + block * SLOTS_PER_BLOCK
     sets = "".join(
         f"  set {name} {{ type ifname . ipv4_addr; {flags} }}\n" for name, flags in ADDRESS_SETS.items()
     ) + "".join(f"  set {name} {{ type ifname; size {SLOTS_PER_BLOCK}; flags dynamic; }}\n" for name in METERS)
-    return f"""table {table_of(block)} {{
-{sets}
-  set metadata {{ type ipv4_addr; elements = {{ {_join(METADATA_ADDRESSES)} }} }}
-  set special {{ type ipv4_addr; flags interval; elements = {{ {_join(SPECIAL_RANGES)} }} }}
-
-  chain arriving {{
-    type filter hook prerouting priority raw; policy accept;
-    iifname {links} iifname . ip saddr != @guests goto spoofed
-    iifname {links} meta nfproto != ipv4 goto spoofed
-  }}
-  chain redirecting {{
-    type nat hook prerouting priority dstnat; policy accept;
-    iifname {links} ip daddr {GATEWAY} meta l4proto {{ tcp, udp }} th dport 53 redirect to :{resolver_port}
-  }}
-  chain entering_host {{
-    type filter hook input priority filter; policy accept;
-    iifname {links} goto guest_to_host
-  }}
-  chain passing {{
-    type filter hook forward priority filter; policy accept;
-    iifname {links} goto guest_to_world
-    oifname {links} goto world_to_guest
-  }}
-  chain leaving_host {{
-    type filter hook output priority filter; policy accept;
-    oifname {links} goto host_to_guest
-  }}
-  chain masquerading {{
-    type nat hook postrouting priority srcnat; policy accept;
-    ip saddr {addresses}/{32 - (SLOTS_PER_BLOCK - 1).bit_length()} oifname != "rds*" masquerade
-  }}
-
-  chain guest_to_host {{
-    ip daddr @metadata goto refuse
-    ct original ip daddr @metadata goto refuse
-    ip daddr {GATEWAY} meta l4proto {{ tcp, udp }} th dport {resolver_port} goto to_resolver
-    iifname . ip daddr @narrow goto admit
-    iifname . ip daddr @exact goto admit
-    goto refuse
-  }}
-  chain guest_to_world {{
-    ct state invalid drop
-    ip daddr @metadata goto refuse
-    ct original ip daddr @metadata goto refuse
-    oifname "rds*" goto refuse
-    iifname . ip daddr @narrow goto admit
-    ip daddr @special goto refuse
-    iifname . ip daddr @wide goto admit
-    iifname . ip daddr @resolved goto admit
-    ct state established iifname . ip daddr @opened accept
-    goto refuse
-  }}
-  chain world_to_guest {{
-    ct state related meta l4proto icmp accept
-    ct state != established goto refuse_caller
-    ct direction original goto refuse_caller
-    oifname . ip saddr @narrow accept
-    ip saddr @special goto refuse_caller
-    oifname . ip saddr @wide accept
-    oifname . ip saddr @opened accept
-    goto refuse_caller
-  }}
-  chain host_to_guest {{
-    ct state related accept
-    ct state != established goto refuse_caller
-    ct direction original goto refuse_caller
-    ip saddr {GATEWAY} meta l4proto {{ tcp, udp }} th sport {resolver_port} accept
-    oifname . ip saddr @narrow accept
-    oifname . ip saddr @exact accept
-    goto refuse_caller
-  }}
-  chain to_resolver {{
-    update @dns_rate {{ iifname limit rate over {DNS_RATE}/second burst {DNS_BURST} packets }} drop
-    accept
-  }}
-  chain admit {{
-    ct state new add @flows {{ iifname ct count over {FLOWS_PER_VM} }} goto refuse
-    accept
-  }}
-  chain spoofed {{
-    update @refusals {{ iifname counter }}
-    drop
-  }}
-  chain refuse {{
-    update @refusals {{ iifname counter }}
-    meta l4proto tcp reject with tcp reset
-    meta l4proto udp reject with icmpx port-unreachable
-    reject with icmpx admin-prohibited
-  }}
-  chain refuse_caller {{
-    meta l4proto tcp reject with tcp reset
-    meta l4proto udp reject with icmpx port-unreachable
-    reject with icmpx admin-prohibited
-  }}
-}}
-"""
+    return TABLE.substitute(
+        table=table_of(block),
+        sets=sets,
+        metadata=_join(METADATA_ADDRESSES),
+        special=_join(SPECIAL_RANGES),
+        links=f'"rds{block}-*"',
+        gateway=GATEWAY,
+        resolver_port=resolver_port,
+        addresses=f"{addresses}/{32 - (SLOTS_PER_BLOCK - 1).bit_length()}",
+        dns_rate=DNS_RATE,
+        dns_burst=DNS_BURST,
+        flows_per_vm=FLOWS_PER_VM,
+    )
 
 
 def _join(values: Iterable[object]) -> str:
