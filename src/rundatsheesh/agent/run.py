@@ -121,6 +121,7 @@ class Run:
         try:
             for stream in (wire.STDOUT, wire.STDERR):
                 reading, writing = os.pipe2(os.O_CLOEXEC)
+                os.fchown(writing, _USER, _USER)  # a program may open it anew, as /dev/stdout
                 theirs.append(writing)
                 self._streams[reading] = stream
             if command.channel is not None:
