@@ -27,7 +27,8 @@ from rundatsheesh.manager.settings import Settings
 
 router = APIRouter(include_in_schema=False)
 
-PAGES = ("index", "quickstart", "api", "settings", "security", "engines")  # in the order of the navigation
+# In the order of the navigation.
+PAGES = ("index", "quickstart", "api", "settings", "security", "threat-model", "engines")
 SWAGGER_PACKAGE = "fastapi_swagger.resources"  # carries the unchanged files of swagger-ui-dist
 BODIES = (CreateVmBody, UpdateVmBody, ExecBody, RunTsBody, RunJsBody, LoginBody, CreateApiKeyBody)
 
@@ -159,7 +160,7 @@ def _render(name: str, text: str) -> Page:
     for token in tokens:
         for child in token.children or ():
             if child.type == "link_open":
-                child.attrSet("href", re.sub(r"^([a-z]+)\.md(#|$)", r"\1\2", str(child.attrGet("href"))))
+                child.attrSet("href", re.sub(r"^([a-z-]+)\.md(#|$)", r"\1\2", str(child.attrGet("href"))))
     html = markdown.renderer.render(tokens, markdown.options, {})
     sections = tuple(heading for level, heading in headings if level == "h2")
     return Page(name, headings[0][1].title, html, sections)
