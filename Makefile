@@ -25,7 +25,8 @@ doctor: ## say what this host has and lacks
 	@$(BOOTSTRAP) && exec $(AS_ROOT) .venv/bin/rds doctor
 
 test: ## install what is missing, then run all tests
-	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) -m pytest
+	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && \
+	$(AS_ROOT) scripts/test-packages.sh && exec $(AS_ROOT) $(PYTHON) -m pytest
 
 lint: ## check style and types
 	@$(BOOTSTRAP) dev
