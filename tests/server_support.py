@@ -59,6 +59,10 @@ class Server:
         return self._process.pid
 
     @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def http(self) -> httpx.Client:
         """With the key; each status is an answer, none an exception."""
         assert self._client is not None
@@ -129,6 +133,8 @@ class Server:
             try:
                 yield self
             finally:
+                if not self.is_running:  # a test that killed it broke off: its VMs live on
+                    self.start()
                 for vm in self.http.get("/v1/vms").json():
                     self.http.delete(f"/v1/vms/{vm['id']}").raise_for_status()
         finally:
@@ -150,7 +156,6 @@ class Server:
     def traces(self) -> list[str]:
         """All that exists on the host in this server's name, besides itself and its records."""
         node, block = f"rundatsheesh-{self.node['id']}", self.node["block"]
-        alive = self._process is not None and self._process.poll() is None
         return [
             *_processes_of(node, self.pid),
             *(f"link {name}" for _, name in socket.if_nameindex() if name.startswith(f"rds{block}-")),
@@ -162,7 +167,7 @@ class Server:
             *(f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"*/{node}/*/")),
             *(f"file {path}" for name in ("vms", "spool") for path in (self.storage / name).glob("*")),
             *(f"file {path}" for path in self.runtime.glob("*/*")),
-            *_rules(block, alive),
+            *_rules(block, self.is_running),
         ]
 
 

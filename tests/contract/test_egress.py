@@ -69,7 +69,7 @@ def test_nothing_is_reached_without_outbound_internet(vm: NewVm, world: World) -
 
 
 def test_networks(vm: NewVm, world: World) -> None:
-    box = vm(allowIps=["198.18.7.0/31", "198.18.7.2/31"], outboundInternet=True)
+    box = vm(allowIps=[f"{world.router}/31", f"{world.allowed}/31"], outboundInternet=True)
     assert reaches(box, world.allowed) and reaches(box, world.other)
     assert not reaches(box, world.named)
 
@@ -78,7 +78,7 @@ def test_everything_means_the_public_internet_only(vm: NewVm, world: World) -> N
     box = vm(allowIps=["0.0.0.0/0"], outboundInternet=True)
     assert reaches(box, world.allowed) and reaches(box, world.other)
     with listening(GATEWAY):
-        for address in (world.private, world.metadata, GATEWAY, "127.0.0.1", "198.18.7.1"):
+        for address in (world.private, world.metadata, GATEWAY, "127.0.0.1", world.router):
             assert not reaches(box, address), address
 
 

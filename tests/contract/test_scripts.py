@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from server_support import Box, tgz
 
+NewVm = Callable[..., Box]
 LANGUAGES = ["ts", "js"]
 
 
@@ -68,14 +70,27 @@ def test_what_is_thrown_is_the_error(box: Box, language: str) -> None:
     assert broken["exitCode"] != 0 and broken["error"]["name"] == "SyntaxError", broken
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_twenty_at_once_never_mix(box: Box, language: str) -> None:
+def twenty_at_once(box: Box, language: str) -> list[dict[str, Any]]:
     def one(number: int) -> dict[str, Any]:
         return run(box, language, f"console.log('out {number}'); result.set({{ number: {number} }})")
 
     with ThreadPoolExecutor(20) as pool:
-        for number, done in enumerate(pool.map(one, range(20))):
+        return list(pool.map(one, range(20)))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_twenty_at_once_never_mix(vm: NewVm, language: str) -> None:
+    for number, done in enumerate(twenty_at_once(vm(memMb=2048), language)):
+        assert done.get("result") == {"number": number} and done["stdout"] == f"out {number}\n", done
+
+
+def test_where_twenty_do_not_fit_those_that_ended_say_so(vm: NewVm) -> None:
+    for number, done in enumerate(twenty_at_once(vm(memMb=192), "ts")):
+        if done["exitCode"] == 0:
             assert (done["result"], done["stdout"]) == ({"number": number}, f"out {number}\n"), done
+        else:
+            assert done["exitCode"] == 137 and "out of memory" in done["stderr"], done
+            assert done.get("result", {"number": number}) == {"number": number}, done
 
 
 def test_results_leave_no_trace_in_stdout_or_workspace(box: Box) -> None:

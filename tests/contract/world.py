@@ -32,13 +32,35 @@ server.serve_forever()
 
 @dataclass(frozen=True)
 class World:
-    """Two neighbours, both reachable from the host, and the cloud's metadata service as they exist elsewhere."""
+    """Neighbours that the host reaches, and the cloud's metadata service as it exists elsewhere. Two test runs beside
+    each other have different numbers."""
 
-    allowed: str = "198.18.7.2"
-    other: str = "198.18.7.3"
-    named: str = "198.18.7.4"
-    private: str = "10.177.7.2"
-    metadata: str = "169.254.169.254"
+    number: int
+
+    @property
+    def router(self) -> str:
+        """The host's own address there."""
+        return f"198.18.{self.number}.1"
+
+    @property
+    def allowed(self) -> str:
+        return f"198.18.{self.number}.2"
+
+    @property
+    def other(self) -> str:
+        return f"198.18.{self.number}.3"
+
+    @property
+    def named(self) -> str:
+        return f"198.18.{self.number}.4"
+
+    @property
+    def private(self) -> str:
+        return f"10.177.{self.number}.2"
+
+    @property
+    def metadata(self) -> str:
+        return "169.254.169.254"
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -65,19 +87,20 @@ def listening(address: str, port: int = PORT, netns: str | None = None) -> Itera
 @contextmanager
 def open_world() -> Iterator[World]:
     """Everything of it is gone afterwards."""
-    world, name = World(), f"world{secrets.token_hex(3)}"
+    world, name = World(secrets.randbelow(256)), f"world{secrets.token_hex(3)}"
     host_end = name[:15]
     _ip("netns", "add", name)
     try:
         _ip("link", "add", host_end, "type", "veth", "peer", "name", "up0", "netns", name)
-        _ip("addr", "add", "198.18.7.1/32", "dev", host_end)
+        _ip("addr", "add", f"{world.router}/32", "dev", host_end)
         _ip("link", "set", host_end, "up")
         for link in ("lo", "up0"):
             _ip("-n", name, "link", "set", link, "up")
         for address in world.addresses:
             _ip("-n", name, "addr", "add", f"{address}/32", "dev", "up0")
-            _ip("route", "add", f"{address}/32", "dev", host_end)
-        _ip("-n", name, "route", "add", "198.18.7.1/32", "dev", "up0")
+            # The metric lets two runs have a way to the one address that cannot differ.
+            _ip("route", "add", f"{address}/32", "dev", host_end, "metric", str(1000 + world.number))
+        _ip("-n", name, "route", "add", f"{world.router}/32", "dev", "up0")
         with listening("0.0.0.0", netns=name):
             yield world
     finally:
