@@ -92,6 +92,9 @@ def test_two_callers_never_get_the_same(pooled: Server) -> None:
     refused = pooled.http.post("/v1/vms", json={"cpu": 1, "memMb": 256, "allowIps": []})
     assert (refused.status_code, refused.json()["code"]) == (429, "quota_exceeded")
     assert int(refused.headers["retry-after"]) > 0
+    kept = full(pooled)  # a refusal costs no warm VM
+    assert pooled.http.post("/v1/vms", json={"cpu": 1, "memMb": 256, "allowIps": []}).status_code == 429
+    assert warm_ids(pooled) == kept
     for vm in made:
         vm.delete()
 

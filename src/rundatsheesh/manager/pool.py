@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from dataclasses import replace
 
-from rundatsheesh.manager.errors import RdsError
+from rundatsheesh.manager.errors import LimitReached, RdsError
 from rundatsheesh.manager.model import Caller, CreateVm, EgressPolicy, Lifetime, VmRecord, VmSpec
 from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.vms import Vms
@@ -72,7 +72,11 @@ class Pool:
     async def _claim(self, spec: VmSpec, caller: Caller) -> VmRecord | None:
         shape = _shape_of(spec)
         while (record := self._take(shape)) is not None:
-            claimed = await self._vms.claim(record.id, spec, caller)
+            try:
+                claimed = await self._vms.claim(record.id, spec, caller)
+            except LimitReached:
+                self._warm.appendleft(record)
+                raise
             if claimed is not None:
                 return claimed
         return None

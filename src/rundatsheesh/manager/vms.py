@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rundatsheesh.manager.engines.base import Engine
-from rundatsheesh.manager.errors import Forbidden, NotFound, RdsError
+from rundatsheesh.manager.errors import Forbidden, LimitReached, NotFound, RdsError
 from rundatsheesh.manager.model import (
     HIDDEN,
     Caller,
@@ -172,23 +172,29 @@ class Vms:
     async def claim(self, vm_id: str, spec: VmSpec, caller: Caller) -> VmRecord | None:
         """Make a warm VM the caller's, with policy, name and labels in force when this returns. None when it is gone;
         raises LimitReached as `create` does."""
-        async with self.locks.hold(vm_id):
-            vm = self.running_vms.get(vm_id)
-            if vm is None or vm.has_ended:
-                return None
+        vm = self.running_vms.get(vm_id)
+        if vm is None or vm.has_ended:
+            return None
+        try:
+            return await self._claim(vm, spec, caller)
+        except LimitReached:
+            raise  # it stays warm
+        except BaseException:
+            # Whether the database had given it away already or not: nobody has it, so it goes.
+            await self.to_its_end(self.discard(vm.record))
+            raise
+
+    async def _claim(self, vm: RunningVm, spec: VmSpec, caller: Caller) -> VmRecord | None:
+        async with self.locks.hold(vm.record.id):
             record = await self._store.claim(
-                vm_id, spec, node_id=self._host.node.id, max_vms=self._settings.max_vms, caller=caller
+                vm.record.id, spec, node_id=self._host.node.id, max_vms=self._settings.max_vms, caller=caller
             )
             if record is None:
                 return None
             vm.record = record
             vm.touch()
         self.lifetimes_changed.set()
-        try:
-            await self._host.network.set_policy(record.slot, spec.policy)
-        except BaseException:
-            await self.to_its_end(self.discard(record))
-            raise
+        await self._host.network.set_policy(record.slot, spec.policy)
         return record
 
     async def start(self, vm_id: str, caller: Caller) -> None:
