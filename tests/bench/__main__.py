@@ -35,6 +35,7 @@ from rundatsheesh.bench.burst import measure_burst
 from rundatsheesh.bench.connection import Box, Connection
 from rundatsheesh.bench.results import Results
 from rundatsheesh.manager.build.image import find_image
+from rundatsheesh.manager.guest import Guest
 from rundatsheesh.manager.host.tools import find_runsc
 from rundatsheesh.manager.settings import Settings
 from server_support import Server
@@ -81,7 +82,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--engine", choices=("gvisor", "qemu"), default="gvisor")
+    parser.add_argument("--engine", choices=("gvisor", "qemu"), default="gvisor", help="of qemu, the clones alone")
     parser.add_argument("--full", action="store_true", help="100 idle VMs, 100 creates at once, 1,000 cycles")
     parser.add_argument("--rounds", type=int, help="calls of each kind")
     parser.add_argument("--idle", type=int, help="VMs that do nothing; 0 leaves it out")
@@ -112,24 +113,33 @@ async def _measure(results: Results, arguments: argparse.Namespace) -> list[str]
             warm_target=WARM_TARGET,
         )
         bench.scratch.mkdir()
-        _say("creates: warm, cold, bare")
-        await phases.creates(bench, size.seconds)
         own = channel.settings_in(storage / "own", runtime / "own", settings)
-        async with (
-            channel.host(own) as host,
-            channel.vm(host, own, arguments.engine) as running,
-            running.call() as guest,
-        ):
-            box = Box.create(Connection(cold.url, KEY), diskSizeMb=DISK_MB, **bench.fields)
-            _say("calls: HTTP, channel, bare")
-            await phases.calls(bench, box, guest, size.seconds)
-            _say("scripts: run-ts, run-js, bare")
-            await phases.scripts(bench, box, size.seconds)
-            _say("transfers: HTTP, channel, tar")
-            await phases.transfers(bench, box, guest, size.seconds)
-            await asyncio.to_thread(box.delete)
+        async with channel.host(own) as host:
+            if arguments.engine == "qemu":
+                _say("clones: server, engine alone")
+                await phases.clones(bench, host, own, size.seconds)
+                return notes
+            _say("creates: warm, cold, bare")
+            await phases.creates(bench, size.seconds)
+            async with channel.vm(host, own, arguments.engine) as running, running.call() as guest:
+                await _compare(bench, guest, size.seconds)
         notes += await _load(bench, size)
     return notes
+
+
+async def _compare(bench: phases.Bench, guest: Guest, seconds: float) -> None:
+    """One VM of a server, and one whose agent is talked to directly."""
+    box = Box.create(Connection(bench.cold.url, KEY), diskSizeMb=DISK_MB, **bench.fields)
+    try:
+        _say("calls: HTTP, channel, bare")
+        await phases.calls(bench, box, guest, seconds)
+        _say("scripts: run-ts, run-js, bare")
+        await phases.scripts(bench, box, seconds)
+        _say("transfers: HTTP, channel, tar")
+        await phases.transfers(bench, box, guest, seconds)
+    finally:
+        await asyncio.to_thread(box.delete)
+        box.connection.close()
 
 
 async def _load(bench: phases.Bench, size: Size) -> list[str]:
@@ -167,7 +177,8 @@ def _directories() -> Iterator[tuple[Path, Path]]:
 def _servers(storage: Path, runtime: Path, arguments: argparse.Namespace) -> Iterator[tuple[Server, Server]]:
     """As they are by default, but for the pool of the second, and for limits that only a benchmark meets."""
     common = {"RATE_LIMIT_PER_MINUTE": "0", "ENGINE": arguments.engine, "MAX_VMS": "150", "LOG_LEVEL": "info"}
-    warm = {**common, "ENABLE_WARM_POOL": "true", "WARM_POOL_TARGET": str(WARM_TARGET)}
+    pool = arguments.engine == "gvisor"  # clones come from templates, and are measured without
+    warm = {**common, "ENABLE_WARM_POOL": str(pool).lower(), "WARM_POOL_TARGET": str(WARM_TARGET)}
     with (
         Server(storage / "warm", runtime / "warm", warm).running() as first,
         Server(storage / "cold", runtime / "cold", {**common, "ENABLE_WARM_POOL": "false"}).running() as second,

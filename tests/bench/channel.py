@@ -34,7 +34,7 @@ from rundatsheesh.manager.net import Network
 from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.vms_host import VmHost
 from rundatsheesh.manager.vms_layout import Layout, load_node
-from rundatsheesh.manager.vms_running import RunningVm
+from rundatsheesh.manager.vms_running import CONNECT_TIMEOUT, RunningVm
 
 DISK_MB = 1024
 TRUE = ExecRequest(cmd="true", timeout_ms=60_000, max_output=1 << 20, cwd="/workspace", env={})
@@ -65,6 +65,29 @@ async def vm(host: VmHost, settings: Settings, engine: str) -> AsyncIterator[Run
         await running.end("measured")
     finally:
         await host.release(record)
+
+
+def clone(host: VmHost, settings: Settings) -> Contender:
+    """The engine alone: `qemu -incoming` of a template, to its agent's first reply. Disk and tap exist beforehand; no
+    record, no rules and no identity are made."""
+    engine = host.engines["qemu"]
+
+    async def measure() -> Mapping[str, float]:
+        record = _record(host, settings, engine.name)
+        await host.make_disk(record)
+        try:
+            await host.network.attach(record.slot, record.spec.policy, kind=engine.link)
+            started = time.perf_counter()
+            machine = await engine.start(record, host.files(record))
+            guest = await Guest.connect(await machine.connect(), timeout=CONNECT_TIMEOUT)
+            took = milliseconds(started)
+            await guest.close()
+            await machine.stop(0)
+        finally:
+            await host.release(record)
+        return {"bare_clone": took}
+
+    return measure
 
 
 def exec_true(guest: Guest) -> Contender:

@@ -17,6 +17,8 @@ from server_support import Server
 
 KEY = "dev-key"
 MIB = 1 << 20
+CGROUPS = Path("/sys/fs/cgroup")
+MEMORY_STAT = "memory.stat"
 AT_ONCE = 3  # creates and deletes side by side; more only queue on a few cores
 QUERIES = 30
 SETTLE = 3.0  # seconds in which VMs come to rest
@@ -51,7 +53,7 @@ async def measure_idle(results: Results, server: Server, number: int, fields: di
         await asyncio.sleep(WATCH)
         used = cpu_seconds(processes) - before
         results.add({"idle_cpu": 100 * used / (time.monotonic() - started)})
-        results.add({"idle_memory": sum(map(proportional_memory, processes)) / MIB / number})
+        results.add({"idle_memory": sum(map(working_set, memory_groups(processes))) / MIB / number})
         results.add({"manager_memory": proportional_memory(server.pid) / MIB})
     finally:
         await _in_parallel([box.delete for box in boxes], None, {})
@@ -86,6 +88,27 @@ def members(server: Server) -> Iterable[int]:
                 yield int(entry.name)
         except (FileNotFoundError, ProcessLookupError):
             continue
+
+
+def memory_groups(pids: Iterable[int]) -> set[Path]:
+    """Where the kernel keeps account of the memory of these processes. Their own mappings tell less: the processes of a
+    guest share whole address spaces, each of which would count as often as it is shared."""
+    groups = set()
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            mount = CGROUPS / "memory" if controllers == "memory" else CGROUPS if not controllers else None
+            if mount is not None and (mount / path.lstrip("/") / MEMORY_STAT).exists():
+                groups.add(mount / path.lstrip("/"))
+    return groups
+
+
+def working_set(group: Path) -> int:
+    """Bytes that are charged to the group, less the page cache that the kernel could drop at once."""
+    usage = next(file for name in ("memory.usage_in_bytes", "memory.current") if (file := group / name).exists())
+    pairs = (line.split() for line in (group / MEMORY_STAT).read_text().splitlines())
+    counters = {name: int(value) for name, value in pairs}
+    return int(usage.read_text()) - counters.get("total_inactive_file", counters.get("inactive_file", 0))
 
 
 def proportional_memory(pid: int) -> int:

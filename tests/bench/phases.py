@@ -19,6 +19,8 @@ from rundatsheesh.bench.results import Results
 from rundatsheesh.bench.samples import files_archive, stream_archive
 from rundatsheesh.bench.schedule import Contender, in_turns
 from rundatsheesh.manager.guest import Guest
+from rundatsheesh.manager.settings import Settings
+from rundatsheesh.manager.vms_host import VmHost
 from server_support import Server
 
 CALLS_A_TURN = 3
@@ -52,6 +54,14 @@ async def creates(bench: Bench, seconds: float) -> None:
     ]
     await in_turns(bench.results, contenders, rounds=max(3, bench.rounds // 2), seconds=seconds)
     warm.close()
+    cold.close()
+
+
+async def clones(bench: Bench, host: VmHost, settings: Settings, seconds: float) -> None:
+    """Virtual machines from a template: through a server without a pool, and by the engine alone."""
+    cold = Connection(bench.cold.url, KEY)
+    contenders = [over_http.create(cold, "_clone", **bench.fields), channel.clone(host, settings)]
+    await in_turns(bench.results, contenders, rounds=max(3, bench.rounds // 2), seconds=seconds)
     cold.close()
 
 

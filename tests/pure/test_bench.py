@@ -137,6 +137,11 @@ def test_samples_are_the_same_each_time_and_as_large_as_they_say() -> None:
     assert len(members) == samples.SMALL_FILES and {member.size for member in members} == {samples.SMALL_BYTES}
 
 
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rundatsheesh.bench.schedule.BREATH", 0.0)
+
+
 def taken(**measured: list[float]) -> Results:
     results = Results()
     for key, values in measured.items():

@@ -85,6 +85,7 @@ def fake() -> Iterator[type[Fake]]:
 
 def test_it_measures_and_leaves_no_vm(fake: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rundatsheesh.bench.over_http.REST", 0.0)
+    monkeypatch.setattr("rundatsheesh.bench.schedule.BREATH", 0.0)
     arguments = ["--rounds", "3", "--burst", "2", "--seconds", "0", "--json", f"{tmp_path}/b.json", "--svg"]
     done = CliRunner().invoke(main, ["bench", "--url", fake.url, *arguments, f"{tmp_path}/b.svg"])
     assert done.exit_code == 0, done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -10,6 +11,7 @@ from rundatsheesh.bench.results import Results
 Contender = Callable[[], Awaitable[Mapping[str, float]]]  # measures once; what it took, by measure
 
 FEWEST_ROUNDS = 3  # even where time is up
+BREATH = 0.05  # seconds between two turns: what one has set going behind its answer is not to slow the next
 
 
 async def in_turns(
@@ -23,6 +25,7 @@ async def in_turns(
             return
         turn = number % len(contenders)
         for contender in (*contenders[turn:], *contenders[:turn]):
+            await asyncio.sleep(BREATH)
             values = await contender()
             if number >= 0:
                 results.add(values)
