@@ -1,8 +1,8 @@
 """Memory exhaustion ends processes of the user, not the guest, on an engine whose kernel has no such mercy.
 
 gVisor has no OOM killer: a sandbox that outgrows its limit on the host is killed whole. So somebody watches how much
-memory is left while there are user processes, and kills the largest of them before nothing is. Sleeps without a timer
-while there are none, for such a guest may be frozen.
+memory is left while there are user processes, and kills whichever of them holds most of it before nothing is. Sleeps
+without a timer while there are none, for such a guest may be frozen.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ if TYPE_CHECKING:
 USER = 1000
 MIB = 1 << 20
 
-# Below this much, somebody is killed: this share of all memory, but not less than the constant.
-_RESERVE_SHARE = 16
-_LEAST_RESERVE = 16 * MIB
-# Whoever is smaller dies only when next to nothing is left: it is not what fills the memory (files in a tmpfs may). Our
-# own forks are smaller, which are the user's shortly before they execute his program.
-_SMALL = 16 * MIB
+# Below this much, somebody is killed: this share of all memory, but not less than the constant. The host's limit is
+# 128 MiB above what the guest is shown, so there is time until it strikes, and nobody is killed on a forecast: twenty
+# interpreters that start at once use memory up faster than any hog, and stop.
+_RESERVE_SHARE = 64
+_LEAST_RESERVE = 6 * MIB
+# Only who holds this share of all memory by himself is killed, and nobody smaller than the constant. What the guest is
+# shown as used includes programs mapped from files, which the host does not count: twenty interpreters at once leave
+# nothing by the guest's count and fit by the host's. Several that are too large together are left to the host's limit.
+_HOG_SHARE = 2
+_LEAST_HOG = 128 * MIB
 _CRITICAL = 4 * MIB
 # Bytes per second that nobody can use up faster: twice what the fastest of several programs reached.
 _FASTEST = 2048 * MIB
 _SHORTEST, _LONGEST = 0.002, 0.05  # seconds between two looks
-# Seconds for which memory goes on being used up as fast as it is now: until somebody is killed, and until that helps.
-# The first is short, so that nobody is killed who was about to stop; the second is long, for several may be at it.
-_NOTICE = 0.02
+# Seconds for which memory goes on being used up as fast as it is now, until a kill helps: several may be at it.
 _RELIEF = 0.15
-# Seconds from a process's end during which its memory counts as returned already; during which it may still return, so
-# that nobody small dies for it; and for how long a process may take to end.
+# Seconds from a process's end during which its memory counts as returned already, and for which it is remembered; and
+# seconds that a process may take to end.
 _PROMPT = 0.03
 _RETURN = 0.3
 _END = 1.0
@@ -53,6 +55,7 @@ class MemoryGuard:
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
         self.total = self._read(b"MemTotal:")
         self._reserve = max(_LEAST_RESERVE, self.total // _RESERVE_SHARE)
+        self._hog = max(_LEAST_HOG, self.total // _HOG_SHARE)
         self._page = os.sysconf("SC_PAGE_SIZE")
         self._dying: dict[int, Dying] = {}
         self._last_kill = 0.0
@@ -85,7 +88,7 @@ class MemoryGuard:
         shrunk = max(0.0, (self._available - available) / max(now - self._last_look, _SHORTEST))
         self._rate = (self._rate + shrunk) / 2
         self._available, self._last_look = available, now
-        if available - self._rate * _NOTICE < self._reserve:
+        if available < self._reserve:
             self._relieve(available, now)
         spare = max(0, available - self._reserve)
         time.sleep(min(_LONGEST, max(_SHORTEST, spare / _FASTEST)))
@@ -100,7 +103,7 @@ class MemoryGuard:
         if left >= self._reserve:
             return
         for size, pid in sorted(self._user_processes(), reverse=True):
-            if left >= self._reserve or (size < _SMALL and (self._dying or not critical)):
+            if left >= self._reserve or size < self._hog:
                 return
             if self._kill(pid):
                 self._dying[pid] = Dying(size, now)
