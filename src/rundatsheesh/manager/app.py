@@ -121,6 +121,7 @@ async def _serve_http(services: Services, listener: socket.socket) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=75,  # a client that pauses between calls must not meet a closed connection
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     server = uvicorn.Server(config)
