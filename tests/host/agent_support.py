@@ -164,6 +164,8 @@ def _prepare(directory: Path) -> None:
     for name in ("deno", "node"):
         (directory / f"interpreters/{name}.link").symlink_to(interpreter(name))
     shutil.chown(directory / "workspace", 1000, 1000)
+    # A copy below a directory that the image has: runsc would make a missing mount point in the shared image.
+    shutil.copytree(AGENT, directory / "rds/agent")
 
 
 def _bundle(directory: Path, root: str, argv: list[str]) -> dict[str, object]:
@@ -173,7 +175,7 @@ def _bundle(directory: Path, root: str, argv: list[str]) -> dict[str, object]:
         {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777", "size=64m"]},
         {"destination": "/workspace", "type": "bind", "source": f"{directory}/workspace", "options": ["rbind", "rw"]},
         {"destination": "/run/agent", "type": "bind", "source": f"{directory}/run", "options": ["rbind", "rw"]},
-        {"destination": "/opt/rds/agent", "type": "bind", "source": str(AGENT), "options": ["rbind", "ro"]},
+        {"destination": "/opt/rds", "type": "bind", "source": f"{directory}/rds", "options": ["rbind", "ro"]},
     ]
     return {
         "ociVersion": "1.0.0",
