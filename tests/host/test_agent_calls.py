@@ -27,6 +27,7 @@ def agent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 async def guest(agent: RunningAgent) -> AsyncIterator[Guest]:
     async with agent.guest() as connected:
         yield connected
+        await sh(connected, "kill -9 -1")  # a failed test's processes would fail the next ones too
 
 
 async def user_processes(guest: Guest) -> list[str]:
@@ -177,6 +178,11 @@ async def test_the_loss_of_a_supervisor_ends_what_it_watched(agent: RunningAgent
     if agent.process.args[0] != "unshare":  # type: ignore[index]
         pytest.skip("nobody outside a sandbox can kill one of its processes")
     await sh(guest, "setsid sleep 971 >/dev/null 2>&1 & echo")
+
+    async def begun() -> bool:  # until then it is still a shell, or setsid
+        return "sleep 971" in await user_processes(guest)
+
+    await until(begun)
     watch = guest.processes()
     assert await anext(watch) == 1
     os.kill(parent_of("sleep\0971\0"), signal.SIGKILL)
