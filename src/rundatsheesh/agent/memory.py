@@ -31,8 +31,8 @@ _RESERVE_SHARE = 64
 _LEAST_RESERVE = 6 * MIB
 _HOG_SHARE = 2
 _LEAST_HOG = 128 * MIB
-# From the second limit on, so far above the guest's memory, the largest are killed whatever they are. The host kills the
-# guest as a whole at 192 MiB above, of which its kernel takes 25 to 45: the rest is the time until a kill helps.
+# From the second limit on, so far above the guest's memory, the largest are killed whatever they are. The host kills
+# the guest as a whole at 192 MiB above, of which its kernel takes 25 to 45: the rest is the time until a kill helps.
 _ALLOWANCE = 64 * MIB
 # From there on, processes that were killed but have not returned their memory are not waited for.
 _CRITICAL = _ALLOWANCE + 32 * MIB
