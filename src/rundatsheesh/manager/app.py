@@ -92,6 +92,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(vms.let_go)
         reconciler = Reconciler(store, host, vms)
         await reconciler.recover()
+        stack.push_async_callback(reconciler.recovered)
         timer = asyncio.create_task(reconciler.run(), name="reconcile")
         stack.push_async_callback(_cancelled, timer)
         lifetimes = VmLifetimes(store, vms)
@@ -99,7 +100,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(_cancelled, clock)
         pool = Pool(settings, vms)
         stack.push_async_callback(pool.drain)
-        filling = asyncio.create_task(pool.run(), name="warm pool")
+        filling = asyncio.create_task(_fill(pool, reconciler), name="warm pool")
         stack.push_async_callback(_cancelled, filling)
         creations = Creations(store.idempotency, node.id, vms.get)
         yield Services(
@@ -175,6 +176,12 @@ def _readiness(settings: Settings, host: VmHost) -> Readiness:
     if not any(engine.available().usable for engine in host.engines.values()):
         return Readiness(False, "no engine can run on this host: see `rds doctor`")
     return Readiness(True)
+
+
+async def _fill(pool: Pool, reconciler: Reconciler) -> None:
+    """New warm VMs take the room of those that the last manager left."""
+    await reconciler.recovered()
+    await pool.run()
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
