@@ -107,6 +107,9 @@ def prove(ledger: Ledger, chaos: Chaos) -> None:
     for what in ("files verified", "delete: 204", "killed: manager"):
         if not ledger.counts[what]:
             ledger.problem(f"nothing was proven: no {what}")
+    machines = sum(ledger.counts[f"killed: {kind}"] for kind in ("sandbox", "guest process", "qemu"))
+    if ledger.counts["boots that failed"] > machines:
+        ledger.problem(f"more boots failed than machines were killed: {machines}")
     if not chaos.recoveries:
         ledger.problem("nothing was proven: no VM was there to be adopted")
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -59,6 +60,7 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises HostError for what keeps the server from starting. VMs that exist when it
     ends run on, and the next server adopts them."""
     _configure_logging(settings.log_level)
+    _check_certificate(settings)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         # The HTTP server takes these over while it runs, and raises them once more when it has ended.
@@ -66,7 +68,8 @@ async def serve(settings: Settings) -> None:
     with _listening(settings) as listener:
         async with running(settings) as services:
             address = listener.getsockname()
-            print(f"serving on http://{_shown_host(address[0])}:{address[1]}", flush=True)  # noqa: T201
+            scheme = "https" if settings.tls_cert_file else "http"
+            print(f"serving on {scheme}://{_shown_host(address[0])}:{address[1]}", flush=True)  # noqa: T201
             if not stopping.is_set():
                 await _serve_http(services, listener)
 
@@ -124,9 +127,24 @@ async def _serve_http(services: Services, listener: socket.socket) -> None:
         server_header=False,
         timeout_keep_alive=75,  # a client that pauses between calls must not meet a closed connection
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        ssl_certfile=services.settings.tls_cert_file or None,
+        ssl_keyfile=services.settings.tls_key_file or None,
     )
     server = uvicorn.Server(config)
     await server.serve(sockets=[listener])
+
+
+def _check_certificate(settings: Settings) -> None:
+    """Before anything is touched: the HTTP server loads these files only when everything else runs."""
+    if not settings.tls_cert_file:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.tls_cert_file, settings.tls_key_file, password=""
+        )
+    except OSError as error:  # what is not PEM, or does not belong together, is one of these too
+        hint = "both are PEM files; the key is without a passphrase and belongs to the certificate"
+        raise HostError(f"TLS_CERT_FILE and TLS_KEY_FILE cannot be used: {error}", hint=hint) from error
 
 
 def _listening(settings: Settings) -> socket.socket:
