@@ -10,12 +10,13 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,12 @@ def scale(seconds: float, engine: str = "gvisor") -> float:
 class Server:
     """`rds serve` with a storage root and a runtime directory of its own, on a free port of loopback."""
 
-    def __init__(self, storage: Path, runtime: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self, storage: Path, runtime: Path, settings: Mapping[str, str], *, through: Sequence[str] = (), tls: str = ""
+    ) -> None:
+        """`through` is a program that starts it, with arguments; `tls` a file with the certificate to trust."""
+        self._through = through
+        self._tls = tls
         self.storage = storage
         self.runtime = runtime
         self.settings = settings
@@ -88,7 +94,7 @@ class Server:
         """Returns when it serves."""
         with open(self.log, "a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rundatsheesh.cli", "serve"],
+                [*self._through, sys.executable, "-m", "rundatsheesh.cli", "serve"],
                 env=self.environment(),
                 cwd=self.storage.parent,
                 stdin=subprocess.DEVNULL,
@@ -97,7 +103,8 @@ class Server:
                 text=True,
             )
         self.url = self._announced().replace("localhost", "127.0.0.1")
-        self._client = httpx.Client(base_url=self.url, headers=KEY, timeout=600)
+        trusted = ssl.create_default_context(cafile=self._tls) if self._tls else True
+        self._client = httpx.Client(base_url=self.url, headers=KEY, timeout=600, verify=trusted)
 
     def _announced(self) -> str:
         assert self._process is not None and self._process.stdout is not None

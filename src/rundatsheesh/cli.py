@@ -16,6 +16,7 @@ VERBS = {
     "config": ("host", "config"),
     "image": ("host", "image"),
     "vm": ("vm", "vm"),
+    "key": ("key", "key"),
     "exec": ("vm", "exec_"),
     "run-ts": ("vm", "run_ts"),
     "run-js": ("vm", "run_js"),

@@ -102,4 +102,5 @@ def test_half_made_vms_are_cleaned_up(mortal: Server, engine: str) -> None:
     for vm in mortal.http.get("/v1/vms").json():
         assert vm["state"] in ("RUNNING", "ERROR", "STOPPED"), vm
         assert mortal.http.delete(f"/v1/vms/{vm['id']}").status_code == 204
+    assert mortal.http.post("/v1/admin/reconcile").json()["remaining"] == []  # answers once all is cleaned up
     assert mortal.traces() == []

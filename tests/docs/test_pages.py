@@ -93,7 +93,7 @@ def test_the_settings_page_has_every_setting() -> None:
 @pytest.mark.parametrize("name", docs.PAGES)
 def test_shell_blocks_are_shell(name: str) -> None:
     for language, block in FENCE.findall(source(name)):
-        assert language in ("bash", "sh", "json", "python", "settings"), f"{name}: a block of {language!r}"
+        assert language in ("bash", "sh", "json", "python", "settings", "text"), f"{name}: a block of {language!r}"
         if language == "bash":
             subprocess.run(["bash", "-n"], input=block, text=True, check=True, timeout=10)
             assert "localhost" not in block or "RDS_URL:-" in block or "RDS_EMAIL" in block

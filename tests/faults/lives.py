@@ -40,19 +40,10 @@ class Lives:
 
     @contextmanager
     def running(self) -> Iterator[Lives]:
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": "/root",
-            "STORAGE_ROOT": str(self.storage),
-            "RUNTIME_DIR": str(self.runtime),
-            "PORT": "0",
-            "ENABLE_WARM_POOL": "false",
-            **self._settings,
-        }
         with open(self.log, "a") as log:
             self._parent = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("server.py"))],
-                env=environment,
+                env=self._environment(),
                 cwd=self.storage.parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -76,6 +67,18 @@ class Lives:
             self._parent.stdout.close()  # type: ignore[union-attr]
             self.http.close()
             shutil.rmtree(self.runtime, ignore_errors=True)
+
+    def _environment(self) -> dict[str, str]:
+        inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        return {
+            "HOME": "/root",
+            "STORAGE_ROOT": str(self.storage),
+            "RUNTIME_DIR": str(self.runtime),
+            "PORT": "0",
+            "ENABLE_WARM_POOL": "false",
+            **inherited,
+            **self._settings,
+        }
 
     def live(self) -> float:
         """Begin a life; seconds until it answers a request."""
@@ -146,6 +149,13 @@ class Lives:
     def reconcile(self) -> dict[str, Any]:
         done: dict[str, Any] = self.http.post("/v1/admin/reconcile").raise_for_status().json()
         return done
+
+    def doctor(self) -> tuple[int, set[tuple[str, str | None]]]:
+        """What `rds doctor --leaks` says: its exit status; kind and VM of each leak."""
+        argv = [sys.executable, "-m", "rundatsheesh.cli", "doctor", "--leaks", "--json"]
+        done = subprocess.run(argv, env=self._environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode in (0, 1), done.stderr
+        return done.returncode, {(leak["kind"], leak["vmId"]) for leak in json.loads(done.stdout)}
 
     def _tell(self, word: str) -> None:
         assert self._parent is not None and self._parent.stdin is not None

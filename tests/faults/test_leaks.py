@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -27,6 +28,24 @@ def test_nothing_leaks_from_vms_at_work_and_at_rest(lives: Lives) -> None:
     assert lives.leaks() == []
     assert lives.reconcile() == {"healed": [], "remaining": []}
     assert lives.exec(working, "echo here") == "here\n"
+
+
+def test_leaks_are_found_from_outside_whether_the_server_runs_or_not(lives: Lives) -> None:
+    working = lives.create()["id"]
+    assert lives.doctor() == (0, set())
+    lives.end(signal.SIGKILL)
+    assert lives.doctor() == (0, set()), "VMs outlive the server"
+    planted = lives.storage / "vms" / new_vm_id()
+    planted.mkdir()
+    with sqlite3.connect(lives.storage / "rds.db") as database:
+        database.execute("UPDATE vms SET state = 'STOPPING' WHERE id = ?", (working,))
+    database.close()
+    assert lives.doctor() == (1, {("directory", planted.name), ("record", working)})
+    lives.live()
+    assert lives.reconcile()["remaining"] == []
+    assert lives.doctor() == (0, set())
+    assert not planted.exists() and lives.get(working)["state"] == "STOPPED"
+    lives.delete_all()
 
 
 def test_ten_planted_leaks_are_found_and_removed(lives: Lives) -> None:
@@ -69,6 +88,8 @@ def test_ten_planted_leaks_are_found_and_removed(lives: Lives) -> None:
     planted = set(ids.items()) | {(kind, None) for kind in slots} | {("record", dead)}
     assert len({kind for kind, _ in planted}) == len(planted) == 10
     assert planted <= found
+    assert lives.doctor() == (1, found), "from outside it looks the same"
+    assert (vms / ids["directory"]).is_dir(), "and looking changes nothing"
 
     began = time.monotonic()
     done = lives.reconcile()

@@ -92,7 +92,13 @@ def test_the_agent_imports_the_standard_library_only(name: str) -> None:
         name
         for name in NAMES
         if name.startswith(
-            ("rundatsheesh.client", "rundatsheesh.bench", "rundatsheesh.commands.vm", "rundatsheesh.commands.bench")
+            (
+                "rundatsheesh.client",
+                "rundatsheesh.bench",
+                "rundatsheesh.commands.vm",
+                "rundatsheesh.commands.key",
+                "rundatsheesh.commands.bench",
+            )
         )
     ],
 )

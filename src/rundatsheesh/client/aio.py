@@ -19,7 +19,18 @@ import httpx
 from rundatsheesh.client import transport
 from rundatsheesh.client.archive import CHUNK, Unpacked, pack, unpack
 from rundatsheesh.client.errors import NotFound
-from rundatsheesh.client.model import ExecResult, RunResult, VmInfo, create_body, exec_body, run_body
+from rundatsheesh.client.model import (
+    UNCHANGED,
+    ExecResult,
+    RunResult,
+    Unchanged,
+    VmInfo,
+    create_body,
+    exec_body,
+    once,
+    run_body,
+    update_body,
+)
 
 Source = str | Path | bytes | AsyncIterable[bytes]
 
@@ -46,8 +57,15 @@ class AsyncClient:
         disk_size_mb: int | None = None,
         name: str | None = None,
         labels: Mapping[str, str] | None = None,
+        ttl_ms: int | None = None,
+        idle_timeout_ms: int | None = None,
+        idempotency_key: str | None = None,
     ) -> AsyncVm:
-        """Create a VM and return once it answers. Leaving the VM's context deletes it."""
+        """Create a VM and return once it answers. Leaving the VM's context deletes it.
+
+        It ends by itself after `ttl_ms`, and stops after `idle_timeout_ms` without a call or a process. With an
+        `idempotency_key` the call may be repeated, and gives the same VM.
+        """
         body = create_body(
             cpu=cpu,
             mem_mb=mem_mb,
@@ -60,8 +78,10 @@ class AsyncClient:
             disk_size_mb=disk_size_mb,
             name=name,
             labels=labels,
+            ttl_ms=ttl_ms,
+            idle_timeout_ms=idle_timeout_ms,
         )
-        response = await self._call("POST", "/v1/vms", json=body)
+        response = await self._call("POST", "/v1/vms", json=body, headers=once(idempotency_key))
         return AsyncVm(self, VmInfo.parse(response.json()))
 
     async def list(self, *, state: str | None = None, label: str | None = None) -> list[VmInfo]:
@@ -115,6 +135,14 @@ class AsyncVm:
 
     async def refresh(self) -> VmInfo:
         self.info = VmInfo.parse((await self._client._call("GET", transport.vm_path(self.id))).json())
+        return self.info
+
+    async def update(
+        self, *, ttl_ms: int | Unchanged | None = UNCHANGED, idle_timeout_ms: int | Unchanged | None = UNCHANGED
+    ) -> VmInfo:
+        """Change when the VM ends by itself. A new `ttl_ms` counts from now; None: never."""
+        body = update_body(ttl_ms, idle_timeout_ms)
+        self.info = VmInfo.parse((await self._client._call("PATCH", transport.vm_path(self.id), json=body)).json())
         return self.info
 
     async def start(self) -> None:

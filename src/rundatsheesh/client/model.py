@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from enum import Enum
 from typing import Any
 
 Json = Mapping[str, Any]
+
+
+class Unchanged(Enum):
+    """What `update` leaves as it is; None clears instead."""
+
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED = Unchanged.UNCHANGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,11 @@ class VmInfo:
     boot_id: str | None
     name: str | None
     reason: str | None
+    ttl_ms: int | None = None
+    expires_at: datetime | None = None
+    remaining_ms: int | None = None  # until expires_at, as of the answer
+    idle_timeout_ms: int | None = None
+    idle_remaining_ms: int | None = None
 
     @classmethod
     def parse(cls, body: Json) -> VmInfo:
@@ -50,10 +65,15 @@ class VmInfo:
             outbound_internet=body.get("outboundInternet", False),
             labels=dict(body.get("labels") or {}),
             created_at=datetime.fromisoformat(body["createdAt"]),
-            started_at=datetime.fromisoformat(body["startedAt"]) if body.get("startedAt") else None,
+            started_at=_time(body, "startedAt"),
             boot_id=body.get("bootId"),
             name=body.get("name"),
             reason=body.get("reason"),
+            ttl_ms=body.get("ttlMs"),
+            expires_at=_time(body, "expiresAt"),
+            remaining_ms=body.get("remainingMs"),
+            idle_timeout_ms=body.get("idleTimeoutMs"),
+            idle_remaining_ms=body.get("idleRemainingMs"),
         )
 
 
@@ -100,6 +120,42 @@ class RunResult:
         return cls(**_outcome(body), has_result="result" in body, result=body.get("result"), error=body.get("error"))
 
 
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """A further API key. `secret` is there only in the answer that made it."""
+
+    id: str
+    name: str
+    scopes: tuple[str, ...]
+    allow_ips: tuple[str, ...] | None
+    limits: Mapping[str, int | None]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+    secret: str | None
+
+    @classmethod
+    def parse(cls, body: Json) -> KeyInfo:
+        allow_ips = body.get("allowIps")
+        return cls(
+            id=body["id"],
+            name=body["name"],
+            scopes=tuple(body.get("scopes") or ()),
+            allow_ips=None if allow_ips is None else tuple(allow_ips),
+            limits=dict(body.get("limits") or {}),
+            created_at=datetime.fromisoformat(body["createdAt"]),
+            expires_at=_time(body, "expiresAt"),
+            revoked_at=_time(body, "revokedAt"),
+            last_used_at=_time(body, "lastUsedAt"),
+            secret=body.get("secret"),
+        )
+
+
+def _time(body: Json, name: str) -> datetime | None:
+    return datetime.fromisoformat(body[name]) if body.get(name) else None
+
+
 def _outcome(body: Json) -> dict[str, Any]:
     return {
         "exit_code": body["exitCode"],
@@ -124,6 +180,8 @@ def create_body(
     disk_size_mb: int | None,
     name: str | None,
     labels: Mapping[str, str] | None,
+    ttl_ms: int | None,
+    idle_timeout_ms: int | None,
 ) -> dict[str, Any]:
     optional = {
         "engine": engine,
@@ -132,6 +190,8 @@ def create_body(
         "diskSizeMb": disk_size_mb,
         "name": name,
         "labels": dict(labels) if labels else None,
+        "ttlMs": ttl_ms,
+        "idleTimeoutMs": idle_timeout_ms,
     }
     required = {
         "cpu": cpu,
@@ -141,6 +201,33 @@ def create_body(
         "allowDomains": list(allow_domains),
     }
     return required | {key: value for key, value in optional.items() if value is not None}
+
+
+def once(key: str | None) -> dict[str, str]:
+    """The headers of a creation that happens once."""
+    return {} if key is None else {"idempotency-key": key}
+
+
+def update_body(ttl_ms: int | Unchanged | None, idle_timeout_ms: int | Unchanged | None) -> dict[str, Any]:
+    body = {"ttlMs": ttl_ms, "idleTimeoutMs": idle_timeout_ms}
+    return {key: value for key, value in body.items() if not isinstance(value, Unchanged)}
+
+
+def key_body(
+    name: str,
+    scopes: Sequence[str] | None,
+    allow_ips: Sequence[str] | None,
+    expires_at: datetime | None,
+    limits: Mapping[str, int | None],
+) -> dict[str, Any]:
+    body = {
+        "name": name,
+        "scopes": None if scopes is None else list(scopes),
+        "allowIps": None if allow_ips is None else list(allow_ips),
+        "expiresAt": None if expires_at is None else expires_at.astimezone(UTC).isoformat(),
+        "limits": {key: value for key, value in limits.items() if value is not None} or None,
+    }
+    return {key: value for key, value in body.items() if value is not None}
 
 
 def exec_body(cmd: str, cwd: str | None, env: Mapping[str, str] | None, timeout_ms: int | None) -> dict[str, Any]:

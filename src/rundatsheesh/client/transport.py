@@ -31,11 +31,12 @@ def deadline(timeout_ms: int | None) -> httpx.Timeout:
     return httpx.Timeout((timeout_ms or DEFAULT_COMMAND_MS) / 1000 + GRACE, connect=CONNECT_TIMEOUT)
 
 
-def options(base_url: str, api_key: str) -> dict[str, Any]:
+def options(base_url: str, api_key: str | None = None) -> dict[str, Any]:
     """Arguments of httpx.Client and httpx.AsyncClient."""
+    key = {} if api_key is None else {"x-api-key": api_key}
     return {
         "base_url": base_url.rstrip("/"),
-        "headers": {"x-api-key": api_key, "accept": "application/json"},
+        "headers": {"accept": "application/json", **key},
         "timeout": httpx.Timeout(CALL_TIMEOUT, connect=CONNECT_TIMEOUT),
     }
 

@@ -61,10 +61,14 @@ def setup(earlier: int) -> None:
 
 
 @click.command(name="doctor")
+@click.option("--leaks", is_flag=True, help="Compare the records with the host instead: exits with 1 when they differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor_(as_json: bool) -> None:
+def doctor_(leaks: bool, as_json: bool) -> None:
     """Say what this host has and lacks. Exits with 1 when the server would not start."""
     settings = load_settings()
+    if leaks:
+        _show_leaks(settings, as_json)
+        return
     results = _run(lambda: doctor.examine(all_checks(settings)))
     if as_json:
         click.echo(json.dumps([{"name": result.name, **asdict(result.finding)} for result in results], indent=1))
@@ -221,6 +225,22 @@ async def _set_up(settings: Settings, earlier: int) -> None:
 async def _gate(settings: Settings) -> None:
     """Refuse to start on a host that cannot run VMs."""
     conclude(await doctor.examine(all_checks(settings)))
+
+
+def _show_leaks(settings: Settings, as_json: bool) -> None:
+    """Whether the server runs or not; it is not asked, and nothing is changed."""
+    from rundatsheesh.manager.reconcile_outside import audit_from_outside
+
+    with explained():
+        found = _run(lambda: audit_from_outside(settings))
+    if as_json:
+        click.echo(json.dumps([{"kind": leak.kind, "name": leak.name, "vmId": leak.vm_id} for leak in found], indent=1))
+    else:
+        for leak in found:
+            click.echo(f"{leak.kind:<12}  {leak.vm_id or 'no VM that is known':<19}  {leak.name}")
+        click.echo(f"{len(found)} leaks" if found else "no leaks")
+    if found:
+        raise SystemExit(1)
 
 
 def _show_differences(differences: list[str], otherwise: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from rundatsheesh.client import ApiError, Client, ClientError, ExecResult, RunResult, VmInfo
+from rundatsheesh.client.model import UNCHANGED, Unchanged
 from rundatsheesh.client.transport import DEFAULT_URL
 
 Command = Callable[..., Any]
@@ -61,11 +62,37 @@ def vm() -> None:
 @click.option("--snapshot", "snapshot_id", help="Snapshot to start from.")
 @click.option("--name", help="A name of your own.")
 @click.option("--label", "labels", multiple=True, help="key=value; repeatable.")
+@click.option("--ttl", type=float, help="Delete it after so many seconds.")
+@click.option("--idle-timeout", type=float, help="Stop it after so many seconds without a call or a process.")
+@click.option("--idempotency-key", help="Give the same VM again when repeated with this key.")
 @with_server
-def create(client: Client, outbound: bool, labels: tuple[str, ...], **options: Any) -> None:
+def create(
+    client: Client,
+    outbound: bool,
+    labels: tuple[str, ...],
+    ttl: float | None,
+    idle_timeout: float | None,
+    **options: Any,
+) -> None:
     """Create a VM and print its id."""
+    options |= {"ttl_ms": _ms(ttl), "idle_timeout_ms": _ms(idle_timeout)}
     created = client.create(outbound_internet=outbound, labels=dict(map(_pair, labels)), **options)
     click.echo(created.id)
+
+
+@vm.command()
+@click.option("--ttl", callback=lambda _, __, text: _lifetime(text), help="Seconds from now until it is deleted.")
+@click.option(
+    "--idle-timeout", callback=lambda _, __, text: _lifetime(text), help="Seconds of idleness until it stops."
+)
+@click.argument("vm_id")
+@with_server
+def update(client: Client, vm_id: str, ttl: int | Unchanged | None, idle_timeout: int | Unchanged | None) -> None:
+    """Change when a VM ends by itself; `never` clears a time."""
+    if isinstance(ttl, Unchanged) and isinstance(idle_timeout, Unchanged):
+        raise click.UsageError("give --ttl or --idle-timeout")
+    info = client.get(vm_id).update(ttl_ms=ttl, idle_timeout_ms=idle_timeout)
+    click.echo(f"expires: {info.expires_at or 'never'}")
 
 
 @vm.command(name="list")
@@ -189,6 +216,17 @@ def _pair(text: str) -> tuple[str, str]:
     if not key or not equals:
         raise click.UsageError(f"{text!r} is not of the form KEY=value")
     return key, value
+
+
+def _lifetime(text: str | None) -> int | Unchanged | None:
+    if text is None:
+        return UNCHANGED
+    if text == "never":
+        return None
+    try:
+        return int(float(text) * 1000)
+    except (ValueError, OverflowError):
+        raise click.UsageError(f"{text!r} is neither a number of seconds nor `never`") from None
 
 
 def _ms(seconds: float | None) -> int | None:

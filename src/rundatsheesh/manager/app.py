@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -60,6 +61,7 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises HostError for what keeps the server from starting. VMs that exist when it
     ends run on, and the next server adopts them."""
     _configure_logging(settings.log_level)
+    _check_certificate(settings)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         # The HTTP server takes these over while it runs, and raises them once more when it has ended.
@@ -68,7 +70,8 @@ async def serve(settings: Settings) -> None:
         async with running(settings) as services:
             server = await _http_server(services)
             address = listener.getsockname()
-            print(f"serving on http://{_shown_host(address[0])}:{address[1]}", flush=True)  # noqa: T201
+            scheme = "https" if settings.tls_cert_file else "http"
+            print(f"serving on {scheme}://{_shown_host(address[0])}:{address[1]}", flush=True)  # noqa: T201
             if not stopping.is_set():
                 await server.serve(sockets=[listener])
 
@@ -95,6 +98,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(vms.let_go)
         reconciler = Reconciler(store, host, vms)
         await reconciler.recover()
+        stack.push_async_callback(reconciler.recovered)
         timer = asyncio.create_task(reconciler.run(), name="reconcile")
         stack.push_async_callback(_cancelled, timer)
         lifetimes = VmLifetimes(store, vms)
@@ -102,7 +106,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(_cancelled, clock)
         pool = Pool(settings, vms)
         stack.push_async_callback(pool.drain)
-        filling = asyncio.create_task(pool.run(), name="warm pool")
+        filling = asyncio.create_task(_fill(pool, reconciler), name="warm pool")
         stack.push_async_callback(_cancelled, filling)
         creations = Creations(store.idempotency, node.id, vms.get)
         yield Services(
@@ -129,6 +133,8 @@ async def _http_server(services: Services) -> uvicorn.Server:
         server_header=False,
         timeout_keep_alive=75,  # a client that pauses between calls must not meet a closed connection
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        ssl_certfile=services.settings.tls_cert_file or None,
+        ssl_keyfile=services.settings.tls_key_file or None,
     )
     config.load()
     return uvicorn.Server(config)
@@ -145,6 +151,19 @@ async def _rehearse(api: ASGIApp) -> None:
 
     request = {"type": "http", "method": "GET", "path": "/health", "raw_path": b"/health", "query_string": b""}
     await api({**request, "headers": [(b"host", b"localhost")], "client": None, "server": None}, receive, send)
+
+
+def _check_certificate(settings: Settings) -> None:
+    """Before anything is touched: the HTTP server loads these files only when everything else runs."""
+    if not settings.tls_cert_file:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.tls_cert_file, settings.tls_key_file, password=""
+        )
+    except OSError as error:  # what is not PEM, or does not belong together, is one of these too
+        hint = "both are PEM files; the key is without a passphrase and belongs to the certificate"
+        raise HostError(f"TLS_CERT_FILE and TLS_KEY_FILE cannot be used: {error}", hint=hint) from error
 
 
 def _listening(settings: Settings) -> socket.socket:
@@ -201,6 +220,12 @@ def _readiness(settings: Settings, host: VmHost) -> Readiness:
     if not any(engine.available().usable for engine in host.engines.values()):
         return Readiness(False, "no engine can run on this host: see `rds doctor`")
     return Readiness(True)
+
+
+async def _fill(pool: Pool, reconciler: Reconciler) -> None:
+    """New warm VMs take the room of those that the last manager left."""
+    await reconciler.recovered()
+    await pool.run()
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -226,6 +226,8 @@ class Channel:
         try:
             while True:
                 for event in events:
+                    if self._failure is not None:
+                        return  # closed, perhaps by what the last event was; the calls have been told
                     self._take(event)
                 data = await self._reader.read(_READ)
                 if not data:

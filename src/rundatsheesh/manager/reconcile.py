@@ -1,8 +1,9 @@
 """Records and host agree again: at start-up, on a timer, and when an admin asks.
 
-At start-up every record of this node is recovered: guests that live are adopted, what was cut short is undone. From
-then on the audit says what differs, and each difference is healed: a VM with a record by its lifecycle, under its lock;
-what has no record is removed. Names come from our own block, node and directories, so nothing foreign is ever touched.
+At start-up every record of this node is recovered: guests that live are adopted, what was cut short is finished or
+undone. The server need not wait for the latter. From then on the audit says what differs, and each difference is
+healed: a VM with a record by its lifecycle, under its lock; what has no record is removed. Names come from our own
+block, node and directories, so nothing foreign is ever touched.
 """
 
 from __future__ import annotations
@@ -16,26 +17,17 @@ from rundatsheesh.manager.errors import RdsError
 from rundatsheesh.manager.model import Healing, Leak, LeakKind, State, VmRecord
 from rundatsheesh.manager.store import Store
 from rundatsheesh.manager.vms import Vms
-from rundatsheesh.manager.vms_audit import Attend, Attended, Site, audit
+from rundatsheesh.manager.vms_audit import Attended, Site, audit
 from rundatsheesh.manager.vms_host import VmHost
 from rundatsheesh.manager.vms_orphans import remove_orphan
+from rundatsheesh.manager.vms_recovery import CleanUp, VmRecovery
 
 log = logging.getLogger(__name__)
 
 INTERVAL = 30.0  # seconds between two rounds
-AT_ONCE = 8  # VMs recovered at the same time
-
-
-class _Attended(Attend):
-    """What this manager attends to."""
-
-    def __init__(self, vms: Vms) -> None:
-        self._vms = vms
-
-    def __call__(self, records: Collection[VmRecord]) -> Attended:
-        ids = [record.id for record in records]
-        held = {vm_id for vm_id in ids if self._vms.running(vm_id) is not None}
-        return Attended(held, {vm_id for vm_id in ids if self._vms.is_worked_on(vm_id)})
+CLEAN_UPS_AT_ONCE = 2  # after a restart; the VMs that live have calls to answer meanwhile
+# Seconds until the server answers, although guests have not been heard of: calls into these wait for them.
+PATIENCE = 1.0
 
 
 class Reconciler:
@@ -43,41 +35,51 @@ class Reconciler:
         self._store = store
         self._host = host
         self._vms = vms
+        self._recovery = VmRecovery(store, host, vms)
         self._site = Site(host.node, host.layout, host.network)
-        self._attend = _Attended(vms)
         self._one_round = asyncio.Lock()
+        self._recovering: set[asyncio.Task[None]] = set()
+        self._clean_ups = asyncio.Semaphore(CLEAN_UPS_AT_ONCE)
 
     async def recover(self) -> None:
-        """Once, before the first request. A VM that cannot be recovered is logged, and tried again by the timer."""
+        """Once, before the first request. When it returns, nothing that was cut short is shown any more, and guests
+        that answer are adopted; the rest goes on beside the requests, see `recovered`."""
         await self._store.history.mark_interrupted(self._host.node.id)
-        places = asyncio.Semaphore(AT_ONCE)
-
-        async def one(record: VmRecord) -> None:
-            async with places:
-                try:
-                    await self._vms.recover(record)
-                except (RdsError, OSError):
-                    log.exception("%s could not be recovered", record.id)
-
         records = await self._store.list_all(self._host.node.id)
-        await asyncio.gather(*(one(record) for record in records))
-        await self.round()
+        decisions = {record.id: asyncio.Event() for record in records}
+        self._recovering = {asyncio.create_task(self._recover(record, decisions[record.id])) for record in records}
+        for record in records:
+            if record.state is not State.RUNNING:
+                await decisions[record.id].wait()
+        living = [asyncio.ensure_future(decisions[r.id].wait()) for r in records if r.state is State.RUNNING]
+        if living:
+            await asyncio.wait(living, timeout=PATIENCE)
+        for waiting in living:
+            waiting.cancel()
+
+    async def recovered(self) -> None:
+        """Return once every VM that an earlier manager left is adopted or cleaned up."""
+        while self._recovering:
+            await asyncio.wait(self._recovering)
+            self._recovering = {task for task in self._recovering if not task.done()}
 
     async def run(self) -> None:
         """Until cancelled."""
+        await self.recovered()
         while True:
-            await asyncio.sleep(INTERVAL)
             try:
                 await self.round()
             except (RdsError, OSError):
                 log.exception("reconciling failed; the next round tries again")
+            await asyncio.sleep(INTERVAL)
 
     async def audit(self) -> list[Leak]:
         """Every difference between records and host, in the order in which it would be healed."""
-        return await audit(self._site, self._store, self._attend)
+        return await audit(self._site, self._store, self._attended)
 
     async def round(self) -> Healing:
         """Put rules back in force that somebody removed, heal what the audit finds, and look again."""
+        await self.recovered()
         async with self._one_round:
             await self._repair_networks()
             found = await self.audit()
@@ -89,13 +91,31 @@ class Reconciler:
             log.warning("healed: %s %s of %s", leak.kind, leak.name, leak.vm_id or "no VM that is known")
         return Healing(healed, tuple(left))
 
+    async def _recover(self, record: VmRecord, decided: asyncio.Event) -> None:
+        """A VM that cannot be recovered is logged, and tried again by the timer."""
+        try:
+            await self._recovery.recover(record, decided.set, self._in_turn)
+        except Exception:
+            log.exception("%s could not be recovered", record.id)
+
+    async def _in_turn(self, clean_up: CleanUp) -> None:
+        async with self._clean_ups:
+            await clean_up()
+
+    def _attended(self, records: Collection[VmRecord]) -> Attended:
+        ids = [record.id for record in records]
+        held = {vm_id for vm_id in ids if self._vms.running(vm_id) is not None}
+        return Attended(held, {vm_id for vm_id in ids if self._vms.is_worked_on(vm_id)})
+
     async def _repair_networks(self) -> None:
+        look = True  # once for all of them
         for record in await self._store.list_all(self._host.node.id):
             vm = self._vms.running(record.id)
             if record.state is not State.RUNNING or vm is None or vm.has_ended:
                 continue
             try:
-                await self._vms.repair_network(record.id)
+                await self._recovery.repair_network(record.id, look=look)
+                look = False
             except RdsError as error:
                 log.warning("the network of %s cannot be repaired: %s", record.id, error)
 
@@ -105,7 +125,7 @@ class Reconciler:
             if leak.vm_id is None:
                 await remove_orphan(self._site, leak)
             else:
-                await self._vms.settle(leak.vm_id, partial(self._remove, leak))
+                await self._recovery.settle(leak.vm_id, partial(self._remove, leak))
         except (RdsError, OSError) as error:
             log.warning("%s %s of %s cannot be healed: %s", leak.kind, leak.name, leak.vm_id, error)
 

@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     admin_password: SecretStr = Field(SecretStr(""), description="Password of the admin login. `admin` on loopback.")
     host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback requires real secrets.")
     port: int = Field(3000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    tls_cert_file: str = Field("", description="Certificate chain (PEM): serve HTTPS. Needs TLS_KEY_FILE.")
+    tls_key_file: str = Field("", description="Private key (PEM) of TLS_CERT_FILE.")
     storage_root: Path = Field(Path("/var/lib/rundatsheesh"), description="Records and the VMs' disks.")
     image_cache: Path = Field(Path("/var/cache/rundatsheesh"), description="Guest images and runsc; shared by servers.")
     runtime_dir: Path = Field(Path("/run/rundatsheesh"), description="Sockets and locks; keep it short.")
@@ -62,6 +64,13 @@ class Settings(BaseSettings):
         missing = [name.upper() for name in ("api_key", "admin_email", "admin_password") if not _text(self, name)]
         if missing and not self.is_loopback:
             raise ValueError(f"HOST={self.host} is not a loopback address, so {', '.join(missing)} must be set")
+        return self
+
+    @model_validator(mode="after")
+    def _tls(self) -> Settings:
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            missing = "TLS_KEY_FILE" if self.tls_cert_file else "TLS_CERT_FILE"
+            raise ValueError(f"{missing} must be set too: HTTPS needs a certificate and its key")
         return self
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -261,7 +261,7 @@ class Vms:
 
     async def _boot(self, record: VmRecord, from_: State, to: State) -> VmRecord:
         async with self._boots:
-            vm = await self._host.boot(record, self._ended)
+            vm = await self._host.boot(record, self.ended)
         try:
             moved = await self._store.move(
                 record.id, {from_}, to, boot_id=vm.guest.hello.boot_id, started_at=now(), reason=None
@@ -278,7 +278,7 @@ class Vms:
         await vm.end("abandoned")
         await self._host.take_down(vm.record)
 
-    async def _ended(self, vm: RunningVm, reason: str) -> None:
+    async def ended(self, vm: RunningVm, reason: str) -> None:
         """The guest ended by itself, or had to be ended."""
         await self.to_its_end(self._bury(vm, reason))
 
@@ -295,63 +295,8 @@ class Vms:
             await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
             await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=vm.record.id, reason=reason)
 
-    # --- for the reconciler ---
-
     def is_worked_on(self, vm_id: str) -> bool:
         return self.locks.is_held(vm_id)
-
-    async def recover(self, record: VmRecord) -> None:
-        """After a restart of the manager: adopt the VM, or bring it to the state that its record leads to."""
-        async with self.locks.hold(record.id):
-            await self._recover(record)
-
-    async def _recover(self, record: VmRecord) -> None:
-        if record.state is State.RUNNING:
-            await self._adopt(record)
-        elif record.state in (State.CREATING, State.WARM, State.DELETING):
-            await self._store.move(record.id, {record.state}, State.DELETING)
-            await self.release(record, "interrupted")
-        elif record.state in (State.STARTING, State.STOPPING):
-            await self._host.take_down(record)
-            await self._store.move(record.id, {record.state}, State.STOPPED, reason="interrupted")
-        else:
-            await self._host.take_down(record)
-
-    async def settle(self, vm_id: str, remove: Callable[[], Awaitable[None]]) -> None:
-        """Make an end of what the audit found of a VM that this manager is not connected to: its record and the host
-        agree afterwards. `remove` takes away what no record accounts for."""
-        if self.is_worked_on(vm_id):
-            return
-        async with self.locks.hold(vm_id):
-            records = await self._store.list_all(self._host.node.id)
-            record = next((record for record in records if record.id == vm_id), None)
-            if record is not None and vm_id not in self.running_vms:
-                await self._recover(record)
-            if record is None or record.state in STARTABLE:
-                await remove()
-
-    async def repair_network(self, vm_id: str) -> None:
-        """Put a running VM's rules, addresses and names back in force where somebody changed them."""
-        if self.is_worked_on(vm_id):
-            return
-        async with self.locks.hold(vm_id):
-            vm = self.running_vms.get(vm_id)
-            if vm is not None and not vm.has_ended:
-                await self._host.network.adopt(vm.record.slot, vm.record.spec.policy)
-
-    async def _adopt(self, record: VmRecord) -> None:
-        reason = "ended_unattended"
-        try:
-            vm = await self._host.adopt(record, self._ended)
-        except RdsError as error:
-            log.warning("%s cannot be adopted: %s", record.id, error)
-            vm, reason = None, f"not_adopted_{error.code}"
-        if vm is not None:
-            self.running_vms[record.id] = vm
-            return
-        await self._host.take_down(record)
-        await self._store.move(record.id, {State.RUNNING}, State.ERROR, reason=reason)
-        await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=record.id, reason=reason)
 
     async def let_go(self) -> None:
         """At shutdown: finish what is under way, then leave the guests running for the next manager."""

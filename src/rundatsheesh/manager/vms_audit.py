@@ -11,7 +11,7 @@ import asyncio
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,9 @@ class Attended:
 
     held: Collection[str]  # VMs that it is connected to
     worked_on: Collection[str]  # VMs in the middle of an operation
+
+
+Attend = Callable[[Collection[VmRecord]], Attended]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,12 @@ def compare(found: Iterable[Leak], records: Collection[VmRecord], attended: Atte
     return sorted(leaks, key=lambda leak: order.index(leak.kind))
 
 
-async def audit(site: Site, store: Store, attend: Attend) -> list[Leak]:
-    """The differences that two looks, one after the other, both show: what is on its way in or out is none."""
+async def audit(site: Site, store: Store, attend: Attend, *, apart: float = 0.0) -> list[Leak]:
+    """The differences that two looks, so many seconds `apart`, both show: what is on its way in or out is none."""
     first = await _audit_once(site, store, attend)
     if not first:
         return []
+    await asyncio.sleep(apart)
     again = set(await _audit_once(site, store, attend))
     return [leak for leak in first if leak in again]
 
@@ -107,22 +111,6 @@ async def look(site: Site) -> list[Leak]:
         for slot in slots
     ]
     return network + await asyncio.to_thread(lambda: [*_in_groups(site), *_on_disk(site)])
-
-
-class Attend:
-    """Says what is attended to now. This one speaks for a manager that does not run: VMs outlive it, and nobody works
-    on any of them."""
-
-    def __call__(self, records: Collection[VmRecord]) -> Attended:
-        return Attended({record.id for record in records}, frozenset())
-
-
-class Elsewhere(Attend):
-    """Speaks for a manager in another process, which may be working on anything."""
-
-    def __call__(self, records: Collection[VmRecord]) -> Attended:
-        ids = {record.id for record in records}
-        return Attended(ids, ids)
 
 
 async def _audit_once(site: Site, store: Store, attend: Attend) -> list[Leak]:

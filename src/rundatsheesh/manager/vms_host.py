@@ -100,7 +100,7 @@ class VmHost:
         machine = await engine.adopt(record, self.files(record))
         if machine is None:
             return None
-        await self.network.adopt(record.slot, record.spec.policy)
+        await self.network.adopt(record.slot, record.spec.policy, look=False)
         running = await RunningVm.open(record, engine, machine, on_end, ADOPT_TIMEOUT)
         if running.guest.hello.boot_id != record.boot_id:
             await running.end("replaced")

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import secrets
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,11 @@ from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.net import claim_block
 
 NODE_FILE = "node.json"
+LOCK_FILE = "manager.lock"
+# A `struct flock` for all of the file. A lock of this kind belongs to the open file, as flock's does, so no copy of its
+# descriptor that is closed elsewhere gives it up; and it can be asked about without being taken.
+_FLOCK = "hhqqi"
+_WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +68,30 @@ class Layout:
 @contextmanager
 def sole_manager(storage_root: Path) -> Iterator[None]:
     """Hold the storage root for this process; raises HostError where another manager has it."""
-    with open(storage_root / "manager.lock", "w") as lock:
+    with open(storage_root / LOCK_FILE, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        except (BlockingIOError, PermissionError):
             hint = "stop it first, or give this one a STORAGE_ROOT of its own"
             raise HostError(f"another server already manages {storage_root}", hint=hint) from None
         yield
+
+
+def is_managed(storage_root: Path) -> bool:
+    """Whether a manager runs on this storage root. Takes nothing: one that starts meanwhile is not kept from it."""
+    try:
+        with open(storage_root / LOCK_FILE) as lock:
+            answer = fcntl.fcntl(lock, fcntl.F_OFD_GETLK, _WHOLE_FILE)
+    except FileNotFoundError:
+        return False
+    kind, *_ = struct.unpack(_FLOCK, answer)
+    return bool(kind != fcntl.F_UNLCK)
+
+
+def find_node(storage_root: Path) -> Node | None:
+    """The identity kept in the storage root, without claiming anything; None where no manager has run yet."""
+    known = _read(storage_root / NODE_FILE)
+    return known if known is not None and known.block >= 0 else None
 
 
 def load_node(storage_root: Path) -> Node:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 FREEZE_AFTER = 0.25  # seconds without a call; a thaw costs a call 1.4 ms, so calls in a row should not pay it
 CONNECT_TIMEOUT = 60.0  # for the agent's greeting; 0.1 s on an idle host, and many guests may boot at once
-ADOPT_TIMEOUT = 5.0  # for a guest that has been running
+ADOPT_TIMEOUT = 30.0  # for a guest that has been running; on a busy host many are asked at once
 END_TIMEOUT = 5.0  # for a machine to end after its channel did
 PING_TIMEOUT = 5.0
 KILL_GRACE = 0.0

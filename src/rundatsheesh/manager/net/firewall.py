@@ -59,11 +59,12 @@ class Firewall:
             await self._change(lambda: self._replacement(slot, wanted))
             self._vms[slot.link] = VmRules(wanted)
 
-    async def ensure(self, slot: Slot, policy: EgressPolicy) -> None:
-        """Repair: afterwards the table exists and holds `policy` for this VM. What its names opened stays open."""
+    async def ensure(self, slot: Slot, policy: EgressPolicy, *, look: bool = True) -> None:
+        """Repair: afterwards the table exists and holds `policy` for this VM. What its names opened stays open.
+        `look` is whether somebody else may have changed the table since it was read."""
         wanted = rules.elements_of(slot, policy)
         async with self._lock:
-            await self._read()
+            await (self._read() if look else self._read_if_unsure())
             if not self._exists:
                 await self._apply(self._whole_table())
             if self._of(slot).static != wanted:

@@ -115,11 +115,12 @@ class Network:
         async with self._locks[slot]:
             await self._detach(slot)
 
-    async def adopt(self, slot: Slot, policy: EgressPolicy) -> None:
+    async def adopt(self, slot: Slot, policy: EgressPolicy, *, look: bool = True) -> None:
         """Take over a VM that an earlier manager attached, or repair one of ours: rules, addresses, names. Raises
-        NetworkError when its link is gone."""
+        NetworkError when its link is gone. Without `look` the rules are believed to be as they were last seen, which
+        saves listing all of them for each of many VMs."""
         async with self._locks[slot]:
-            await self._firewall.ensure(slot, policy)
+            await self._firewall.ensure(slot, policy, look=look)
             await _in_thread(links.configure_host_end, slot)
             self._resolver.put(slot, policy)
 

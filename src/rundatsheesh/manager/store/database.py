@@ -48,6 +48,31 @@ class Database:
             raise HostError(f"the database cannot be opened: {error}", code="database_unavailable") from error
         return database
 
+    @classmethod
+    async def open_existing(cls, url: str) -> Database | None:
+        """Connect to a database that another process made, to read from it; nothing is made and nothing is migrated.
+        None where there is none yet. Raises HostError where its schema is not of this version."""
+        try:
+            parsed = make_url(url)
+            if _is_sqlite(parsed) and not await asyncio.to_thread(Path(parsed.database or "").is_file):
+                return None
+            database = cls(_create_engine(parsed))
+            try:
+                async with database.read() as connection:
+                    version = await connection.run_sync(_version)
+            except BaseException:
+                await database.close()
+                raise
+        except (SQLAlchemyError, OSError, ImportError) as error:
+            raise HostError(f"the database cannot be opened: {error}", code="database_unavailable") from error
+        if version == HEAD:
+            return database
+        await database.close()
+        if version is None:
+            return None
+        hint = "the next start of the server brings it up to date, if it is not newer"
+        raise HostError(f"the database is of version {version}, not {HEAD}", code="database_version", hint=hint)
+
     async def close(self) -> None:
         await self._engine.dispose()
 

@@ -68,6 +68,13 @@ class Store:
         """Connect to `url` (SQLite or PostgreSQL) and migrate the schema. Raises HostError for a newer schema."""
         return cls(await Database.open(url))
 
+    @classmethod
+    async def open_existing(cls, url: str) -> Store | None:
+        """For reading beside the server that owns it. None where nothing was stored yet; raises HostError for a
+        schema of another version."""
+        database = await Database.open_existing(url)
+        return None if database is None else cls(database)
+
     async def close(self) -> None:
         await self._database.close()
 
