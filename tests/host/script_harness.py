@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,8 @@ from typing import Any
 import pytest
 
 from rundatsheesh.agent import paths, scripts
-from rundatsheesh.agent.job import CHANNEL_FD
+from rundatsheesh.agent.ahead import VARIABLE
+from rundatsheesh.agent.job import CHANNEL_FD, Command
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.settings import Settings
 
@@ -40,7 +44,8 @@ def interpreter(name: str) -> str:
 class Scripts:
     """A workspace in a temporary directory, and the runs in it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, ahead: bool) -> None:
+        self.ahead = ahead  # as the agent does it where it can
         self.workspace = root / "workspace"
         self.workspace.mkdir()
 
@@ -71,15 +76,8 @@ class Scripts:
         )
         ours, theirs = os.pipe()
         reader = threading.Thread(target=_read, args=(ours, command.channel))
-        process = subprocess.Popen(
-            ["/bin/bash", "-c", f'exec "$@" {CHANNEL_FD}>&{theirs}-', "bash", *command.argv],
-            cwd=self.workspace,
-            env=command.env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(theirs,),
-        )
+        begin = self._wake if self.ahead and command.may_wait else self._start
+        process = begin(command, theirs)
         os.close(theirs)
         reader.start()
         try:
@@ -94,6 +92,30 @@ class Scripts:
         result, error = command.channel.finish(process.returncode, stderr)
         return Outcome(process.returncode, stdout.decode(), stderr.decode(), _json(result), _json(error))
 
+    def _start(self, command: Command, channel: int) -> subprocess.Popen[bytes]:
+        return _execute(command.argv, command.env, self.workspace, channel)
+
+    def _wake(self, command: Command, channel: int) -> subprocess.Popen[bytes]:
+        """A Deno that waits, with the command to it."""
+        with tempfile.TemporaryDirectory() as directory:
+            place = f"{directory}/control"
+            process = _execute(command.argv[:1], command.env | {VARIABLE: f"unix:{place}"}, Path("/"), channel)
+            with socket.socket(socket.AF_UNIX) as control:
+                while control.connect_ex(place):
+                    assert process.poll() is None
+                    time.sleep(0.005)
+                order = {"cwd": str(self.workspace), "args": command.argv[1:], "env": []}
+                control.sendall(json.dumps(order, ensure_ascii=False).encode() + b"\n")
+        return process
+
+
+def _execute(argv: list[str], env: dict[str, str], cwd: Path, channel: int) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    shell = ["/bin/bash", "-c", f'exec "$@" {CHANNEL_FD}>&{channel}-', "bash"]
+    return subprocess.Popen(
+        [*shell, *argv], cwd=cwd, env=env, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=(channel,)
+    )
+
 
 def _read(end: int, channel: Any) -> None:
     while data := os.read(end, 65536):
@@ -104,8 +126,8 @@ def _json(text: bytes | None) -> Any:
     return ABSENT if text is None else json.loads(text)
 
 
-def make_scripts(root: Path, patch: pytest.MonkeyPatch) -> Scripts:
-    made = Scripts(root)
+def make_scripts(root: Path, patch: pytest.MonkeyPatch, *, ahead: bool = False) -> Scripts:
+    made = Scripts(root, ahead=ahead)
     patch.setattr(paths, "WORKSPACE", str(made.workspace))
     patch.setattr(scripts, "WORKSPACE", str(made.workspace))
     patch.setitem(scripts._DENO_ENV, "DENO_DIR", str(root / "deno"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_support import RunningAgent, agent_on, engines, script, sh
@@ -94,3 +96,50 @@ async def test_paths(agent: RunningAgent) -> None:
                     await guest.run_script(ScriptRequest(language=language, path=path, **request))  # type: ignore[arg-type]
             with pytest.raises(InvalidInput):
                 await script(guest, "1", language=language, flags=("--inspect-brk",))
+
+
+async def waiting(guest: Guest) -> str:
+    """The pid of the Deno that waits for a script, once there is one."""
+    deadline = time.monotonic() + 30
+    while not (pid := (await sh(guest, "pgrep -x deno")).stdout.strip()):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.3)  # it is started when nobody calls
+    return pid
+
+
+async def test_one_waits_for_the_next_script_and_counts_for_nothing(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        await script(guest, "1", language="ts")
+        pid = await waiting(guest)
+        await asyncio.sleep(0.5)  # until it listens; before that the call below would not find it
+        watch = guest.processes()
+        assert await anext(watch) == 0
+        await watch.aclose()  # type: ignore[attr-defined]
+        assert (await sh(guest, "ls -A /tmp")).stdout == ""
+        await sh(guest, """echo 'export const x = 5' > l.ts; echo '{"imports": {"l": "./l.ts"}}' > deno.json""")
+        code = "import { x } from 'l'; console.log(Deno.pid, Deno.args, x); "
+        code += "result.set(await Deno.stdin.read(new Uint8Array(9)))"
+        got = await script(guest, code, language="ts", args=("a", "ü"))
+        assert (got.exit_code, got.stdout, got.stderr) == (0, f'{pid} [ "a", "ü" ] 5\n', "")
+        assert (got.has_result, got.result, got.error) == (True, None, None)
+        assert await waiting(guest) != pid
+
+
+async def test_one_that_waited_and_was_killed_is_not_missed(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        await script(guest, "1", language="ts")
+        await waiting(guest)
+        await sh(guest, "kill -9 -1")
+        got = await script(guest, "result.set(1)", language="ts")
+        assert (got.exit_code, got.stderr, got.result) == (0, "", 1)
+        assert await waiting(guest)
+        assert agent.log() == ""
+
+
+@pytest.mark.parametrize("fields", [{"env": {"A": "b"}}, {"flags": ("--v8-flags=--stack-size=500",)}])
+async def test_a_call_that_would_differ_starts_its_own(agent: RunningAgent, fields: dict[str, Any]) -> None:
+    async with agent.guest() as guest:
+        await script(guest, "1", language="ts")
+        pid = await waiting(guest)
+        got = await script(guest, "console.log(Deno.pid)", language="ts", **fields)
+        assert got.exit_code == 0 and got.stdout.strip() != pid

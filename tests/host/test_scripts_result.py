@@ -12,9 +12,9 @@ from script_harness import ABSENT, Scripts, make_scripts
 BOTH = pytest.mark.parametrize("language", ["ts", "js"])
 
 
-@pytest.fixture
-def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripts:
-    return make_scripts(tmp_path, monkeypatch)
+@pytest.fixture(params=["at the call", "ahead of it"])
+def scripts(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripts:
+    return make_scripts(tmp_path, monkeypatch, ahead=request.param == "ahead of it")
 
 
 VALUES: dict[str, tuple[str, Any]] = {

@@ -15,9 +15,9 @@ from rundatsheesh.agent.script_flags import check_deno_flags, check_node_flags, 
 BOTH = pytest.mark.parametrize("language", ["ts", "js"])
 
 
-@pytest.fixture
-def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripts:
-    return make_scripts(tmp_path, monkeypatch)
+@pytest.fixture(params=["at the call", "ahead of it"])
+def scripts(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scripts:
+    return make_scripts(tmp_path, monkeypatch, ahead=request.param == "ahead of it")
 
 
 @BOTH

@@ -45,9 +45,10 @@ class Command:
     """A program to execute as the user.
 
     `cwd` is as the caller gave it and is checked before use. `cleanup` runs in the server when the program has ended.
+    `may_wait` says that a program started ahead of the call does as well, see ahead.py.
     """
 
-    __slots__ = ("argv", "channel", "cleanup", "cwd", "env", "stdin")
+    __slots__ = ("argv", "channel", "cleanup", "cwd", "env", "may_wait", "stdin")
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Command:
         stdin: bytes = b"",
         channel: Channel | None = None,
         cleanup: Callable[[], None] | None = None,
+        may_wait: bool = False,
     ) -> None:
         self.argv = argv
         self.env = DEFAULT_ENV | env
@@ -65,3 +67,4 @@ class Command:
         self.stdin = stdin
         self.channel = channel
         self.cleanup = cleanup
+        self.may_wait = may_wait

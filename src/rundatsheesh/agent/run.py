@@ -10,18 +10,19 @@ from . import wire
 from .calls import Cancelled
 from .job import CallFailed
 from .paths import directory_inside_workspace
+from .streams import Streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .ahead import Ahead
     from .calls import Call
     from .job import Command
     from .memory import MemoryGuard
     from .spawner import Spawner, Tree
 
 TIMED_OUT = 124
-_USER = 1000
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 SIGNALLED = 128
@@ -82,6 +83,7 @@ class Run:
         call: Call,
         command: Command,
         spawner: Spawner,
+        ahead: Ahead,
         guard: MemoryGuard | None,
         timeout_ms: int,
         max_output: int,
@@ -89,6 +91,7 @@ class Run:
         self._call = call
         self._command = command
         self._spawner = spawner
+        self._ahead = ahead
         self._guard = guard
         self._kills_before = guard.kills if guard is not None else 0
         self._started = _milliseconds()
@@ -117,27 +120,16 @@ class Run:
 
     def _start(self, cwd: str) -> Tree:
         command = self._command
-        theirs = [_stdin(command.stdin)]
+        waiting = self._ahead.take(command, cwd)
+        if waiting is not None:
+            self._streams = waiting.streams.ours
+            return waiting.tree
+        streams = Streams(command.stdin, channel=command.channel is not None)
+        self._streams = streams.ours
         try:
-            for stream in (wire.STDOUT, wire.STDERR):
-                reading, writing = os.pipe2(os.O_CLOEXEC)
-                os.fchown(writing, _USER, _USER)  # a program may open it anew, as /dev/stdout
-                theirs.append(writing)
-                self._streams[reading] = stream
-            if command.channel is not None:
-                theirs.append(self._open_channel())
-            for fd in self._streams:
-                os.set_blocking(fd, False)
-            return self._spawner.start(("execute", command.argv, command.env, cwd), theirs)
+            return self._spawner.start(("execute", command.argv, command.env, cwd), streams.theirs)
         finally:
-            for fd in theirs:
-                os.close(fd)
-
-    def _open_channel(self) -> int:
-        ours, theirs = os.pipe2(os.O_CLOEXEC)
-        os.fchown(theirs, _USER, _USER)  # Deno opens it anew, by its name in /proc
-        self._streams[ours] = wire.RESULT
-        return theirs
+            streams.hand_over()
 
     def _pump(self, tree: Tree) -> None:
         """Until the program has ended, and with it what it left or was killed with, as far as that is awaited."""
@@ -262,20 +254,6 @@ class Run:
             os.close(fd)
         if tree is not None:
             tree.close()
-
-
-def _stdin(data: bytes) -> int:
-    """The input as a file that nobody else can open: gVisor lets everybody reach our descriptors through /proc, where
-    only the mode of the file counts."""
-    if not data:
-        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-    fd = os.memfd_create("stdin")
-    os.fchmod(fd, 0)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _check_strings(command: Command) -> None:

@@ -55,7 +55,14 @@ def prepare(params: dict[str, Any]) -> Command:
         cwd=WORKSPACE,
         stdin=b"" if code is None else _encode(code),
         channel=Report(limit, _LOAD_FAILURES[params["language"]]),
+        may_wait=_may_wait(params),
     )
+
+
+def _may_wait(params: dict[str, Any]) -> bool:
+    """Whether a Deno that was started before the call is the same to it: flags and variables may be for its engine,
+    which is set up then, and the input of a program in a file is another device."""
+    return params["language"] == "ts" and params["code"] is not None and not params["flags"] and not params["env"]
 
 
 def _deno(params: dict[str, Any], source: str, limit: int) -> tuple[list[str], dict[str, str]]:

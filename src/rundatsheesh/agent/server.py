@@ -9,6 +9,7 @@ import socket
 import threading
 
 from . import identity, wire
+from .ahead import Ahead
 from .calls import Call, Cancelled, Connection
 from .console import report, say
 from .init import POWER_OFF
@@ -38,6 +39,8 @@ class Server:
         self._spawner.on_change = self._on_change
         # Linux has an OOM killer of its own, which is told whom to prefer, see limits.py.
         self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else None
+        # A clone of a Linux guest would share with its siblings what an interpreter took for random at its start.
+        self._ahead = Ahead(self._spawner, memory=self._guard.total if self._guard is not None else 0)
         self._watchers: list[Watcher] = []
         # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
         self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
@@ -109,7 +112,11 @@ class Server:
         return self._execute(call, scripts.prepare(params), params)
 
     def _execute(self, call: Call, command: Command, params: dict[str, Any]) -> dict[str, Any]:
-        return Run(call, command, self._spawner, self._guard, params["timeout_ms"], params["max_output"]).run()
+        limits = (params["timeout_ms"], params["max_output"])
+        try:
+            return Run(call, command, self._spawner, self._ahead, self._guard, *limits).run()
+        finally:
+            self._ahead.expect(command)
 
     def _watch_processes(self, call: Call) -> None:
         self._watchers = [watcher for watcher in self._watchers if not watcher.call.cancelled]

@@ -59,9 +59,14 @@ class Tree:
         self.status: int | None = None  # wait status of the program once it has ended
         self.empty = False  # nothing is left below the supervisor
         self._lost = False  # the supervisor itself was killed
+        self._counted = False
         self._job = supervisor.begin(order, fds)
         self._round = supervisor.round
-        spawner.count(1)
+
+    def count(self) -> None:
+        """It is a call's from now on."""
+        self._counted = True
+        self._spawner.count(1)
 
     @property
     def control(self) -> int:
@@ -89,8 +94,7 @@ class Tree:
         else:
             empty = self._lost = True
         if empty and not self.empty:
-            self.empty = True
-            self._spawner.count(-1)
+            self._end()
 
     def wait(self) -> None:
         """Block until the program has ended and nothing is left."""
@@ -109,7 +113,11 @@ class Tree:
             return
         self._supervisor.control.close()
         if not self.empty:
-            self.empty = True
+            self._end()
+
+    def _end(self) -> None:
+        self.empty = True
+        if self._counted:
             self._spawner.count(-1)
 
 
@@ -123,19 +131,24 @@ class Spawner:
         self._lock = threading.Lock()
         self._idle: list[Supervisor] = []
         self.live = 0
+        self.started = 0  # how many there have been
         self.on_change: Callable[[], None] = lambda: None
 
     def ask_init(self, request: bytes, fds: list[int]) -> None:
         descriptors.send(self._init, request, fds)
 
-    def start(self, order: tuple[Any, ...], fds: list[int]) -> Tree:
+    def start(self, order: tuple[Any, ...], fds: list[int], *, counted: bool = True) -> Tree:
         """A tree at work on the order (see program.py); CallFailed when the guest has no room for another."""
         for _ in range(SPARE + 2):  # memory exhaustion may have killed those that waited
             supervisor = self._take()
             try:
-                return Tree(self, supervisor, order, fds)
+                tree = Tree(self, supervisor, order, fds)
             except (BrokenPipeError, ConnectionResetError):
                 supervisor.control.close()
+                continue
+            if counted:
+                tree.count()
+            return tree
         raise CallFailed("guest_overloaded", "the guest cannot start another process")
 
     def refill(self) -> None:
@@ -159,6 +172,7 @@ class Spawner:
     def count(self, difference: int) -> None:
         with self._lock:
             self.live += difference
+            self.started += max(0, difference)
         self.on_change()
 
     def leave(self, tree: Tree, outputs: list[int]) -> None:
