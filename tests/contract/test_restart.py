@@ -76,6 +76,24 @@ def test_a_call_that_was_open_is_told_in_the_log(mortal: Server, engine: str) ->
     assert mortal.traces() == []
 
 
+def test_a_call_that_is_open_when_the_server_is_stopped_is_answered(mortal: Server, engine: str) -> None:
+    box = mortal.create(engine)
+    try:
+        answers: list[httpx.Response] = []
+        caller = threading.Thread(target=lambda: answers.append(box.post("exec", {"cmd": "touch on; sleep 99"})))
+        caller.start()
+        eventually(lambda: "on" in box.output("ls"), box.scale(10), "the command runs")
+        assert mortal.stop() == 0
+        caller.join()
+        mortal.start()
+        assert answers[0].status_code == 503, answers
+        assert answers[0].json()["code"] == "server_stopping" and answers[0].headers["retry-after"]
+        assert box.look()["state"] == "RUNNING"
+        eventually(lambda: "sleep" not in box.output("ps ax -o comm"), box.scale(10), "its process is gone")
+    finally:
+        box.delete()
+
+
 @pytest.mark.every_engine
 def test_what_was_acknowledged_survives_the_death_of_the_machine(mortal: Server, engine: str) -> None:
     box = mortal.create(engine)
