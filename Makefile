@@ -11,6 +11,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 AS_ROOT := scripts/as-root.sh
 BOOTSTRAP := scripts/bootstrap.sh
+# Two at once are what two cores can do; tests/conftest.py says which tests never run beside each other.
+AT_ONCE := -n 2 --dist loadgroup --no-loadscope-reorder
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,7 +28,7 @@ doctor: ## say what this host has and lacks
 
 test: ## install what is missing, then run all tests
 	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && \
-	$(AS_ROOT) scripts/test-packages.sh && exec $(AS_ROOT) $(PYTHON) -m pytest
+	$(AS_ROOT) scripts/test-packages.sh && exec $(AS_ROOT) $(PYTHON) -m pytest $(AT_ONCE)
 
 lint: ## check style and types
 	@$(BOOTSTRAP) dev

@@ -8,10 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from server_support import ENGINES, Dns, Server, new_server
 
 FULL = "gvisor"  # the engine that runs everything unless --engine says otherwise
+
+
+# Machines that run tests are busy: how long an example takes says nothing about the code.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +26,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_engine: runs on each engine even when no --engine is given")
+    config.addinivalue_line("markers", "xdist_group: what runs one after the other")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: who shares something runs one after the other, the longest groups begin."""
+    items.sort(key=lambda item: _ORDER.get(item.path.parent.name, 0))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
+
+
+_ORDER = {"contract": -3, "docs": -2, "vm": -1}  # the others follow in the order in which they were found
+
+
+def _group(path: Path) -> str:
+    kind, name = path.parent.name, path.stem
+    if kind in ("contract", "docs"):
+        return "http"  # one server, and what it keeps ready to make VMs from
+    if kind == "host" and name.startswith(("test_agent_", "test_files_", "test_scripts_")):
+        return "user"  # natively they are the same user of the host, whose processes are limited
+    if name.startswith("test_net_"):
+        return "net"
+    return f"{kind}/{name}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

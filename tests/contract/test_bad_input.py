@@ -102,7 +102,7 @@ def test_bad_addresses_are_named(server: Server, entry: str) -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    ["", "*", "*.", "a..b", "-a.example", "a b.example", "10.0.0.1", "x" * 64 + ".example", "a/b"],
+    ["", "*", "*.", "a..b", "-a.example", "a b.example", "10.0.0.1", "x" * 64 + ".example", "a/b", "*.*.example"],
 )
 def test_bad_domains_are_named(server: Server, entry: str) -> None:
     body = {**GOOD, "allowDomains": [entry], "outboundInternet": True}

@@ -88,9 +88,13 @@ def test_through_links_that_leave_the_workspace(box: Box) -> None:
     box.output(
         "mkdir -p links/real; ln -sfn /tmp links/out; ln -sfn / links/root; ln -sfn real links/in; echo x > /tmp/x"
     )
-    for dest in ("/workspace/links/out", "/workspace/links/out/sub"):
-        assert box.upload(tgz({"planted": b"x"}), dest).status_code == 400, dest
-    assert box.exec("ls /tmp/planted /tmp/sub")["exitCode"] != 0
+    for dest in ("links/out", "links/out/sub", "links/root", "links/root/workspace", "links/root/workspace/links"):
+        assert box.upload(tgz({"planted": b"x"}), f"/workspace/{dest}").status_code == 400, dest
+    assert box.upload(tgz({"planted": b"x"}), "/workspace/links/in").status_code == 204
+    assert (
+        box.output("find / -name planted -not -path '/proc/*' 2>/dev/null || true") == "/workspace/links/real/planted\n"
+    )
+    assert box.exec("ls /tmp/sub")["exitCode"] != 0
     assert box.download("/workspace/links/out/x").status_code in (400, 404)
     assert box.download("/workspace/links/root/etc/passwd").status_code in (400, 404)
     answer = box.upload(tgz({"out/planted": b"x"}), "/workspace/links")

@@ -80,7 +80,7 @@ def twenty_at_once(box: Box, language: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_twenty_at_once_never_mix(vm: NewVm, language: str) -> None:
-    for number, done in enumerate(twenty_at_once(vm(memMb=2048), language)):
+    for number, done in enumerate(twenty_at_once(vm(memMb=256), language)):
         assert done.get("result") == {"number": number} and done["stdout"] == f"out {number}\n", done
 
 

@@ -55,9 +55,11 @@ async def until(condition: object, seconds: float = 10) -> None:
 
 
 async def test_a_command_runs_as_the_user_and_nobody_else(guest: Guest) -> None:
-    seen = await sh(guest, "id -u; id -g; id -G; pwd; echo $HOME; grep -E 'Cap(Inh|Prm|Eff|Bnd)' /proc/self/status")
-    uid, gid, groups, cwd, home, *capabilities = seen.stdout.split("\n")
-    assert (uid, gid, groups, cwd, home) == ("1000", "1000", "1000", "/workspace", "/workspace")
+    shown = "grep -E '[UG]id:' /proc/self/status; grep -E 'Cap(Inh|Prm|Eff|Bnd)' /proc/self/status"
+    seen = await sh(guest, f"id -G; pwd; echo $HOME; {shown}")
+    groups, cwd, home, uids, gids, *capabilities = seen.stdout.split("\n")
+    assert (groups, cwd, home) == ("1000", "/workspace", "/workspace")
+    assert uids.split()[1:] == gids.split()[1:] == 4 * ["1000"]  # the saved one too: there is no way back to another
     assert [line.split()[1].strip("0") for line in capabilities if line] == ["", "", "", ""]
     assert (seen.exit_code, seen.stderr, seen.timed_out, seen.truncated) == (0, "", False, False)
 

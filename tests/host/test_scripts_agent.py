@@ -44,7 +44,7 @@ async def test_results_errors_and_exits(agent: RunningAgent) -> None:
             assert (got.exit_code, got.error) == (1, {"name": "Error", "message": "mine"})
             got = await script(guest, "const x = ;", language=language)
             assert (got.exit_code, got.error["name"]) == (1, "SyntaxError")
-            got = await script(guest, "result.set('kept'); for (;;);", language=language, timeout_ms=6000)
+            got = await script(guest, "result.set('kept'); for (;;);", language=language, timeout_ms=3000)
             assert (got.exit_code, got.timed_out, got.result) == (124, True, "kept")
 
 

@@ -34,6 +34,7 @@ QUIET: dict[str, Any] = {"suppress_health_check": list(HealthCheck)}
 # A valid request is not enough for these: a right password, a known key, a VM in the right state.
 NEEDS_MORE = {"/auth/login", "/auth/me", "/v1/admin/api-keys/{key_id}/revoke", "/v1/vms/{vm_id}/start"}
 BOUNDED: dict[str, Any] = {"deadline": None, "database": None, "derandomize": True, "phases": [Phase.generate]}
+LONG = 200  # characters
 METHODS = {"get", "post", "put", "patch", "delete"}
 CHECKS = [
     not_a_server_error,
@@ -130,11 +131,22 @@ def create_vm(base_url: str) -> str:
 def test_generated_requests_never_break_the_server(tmp_path: Path, negative: bool) -> None:
     """No operation fails on our side, and each answer is as the document says."""
     with listening(tmp_path) as (server, base_url):
-        document = httpx.get(f"{base_url}/openapi.json").json()
+        document = without_long_limits(httpx.get(f"{base_url}/openapi.json").json())
         for found in schemathesis.openapi.from_dict(document).get_all_operations():
             operation = found.ok()
             if not negative or can_be_wrong(operation):
                 try_operation(operation, base_url, server, negative=negative)
+
+
+def without_long_limits(part: Any) -> Any:
+    """The same without lengths that no generated text comes near: the generator makes automata of that many states."""
+    if isinstance(part, list):
+        return [without_long_limits(value) for value in part]
+    if not isinstance(part, dict):
+        return part
+    limit = part.get("maxLength")
+    is_long = isinstance(limit, int) and limit > LONG
+    return {key: without_long_limits(value) for key, value in part.items() if not (key == "maxLength" and is_long)}
 
 
 def can_be_wrong(operation: Any) -> bool:

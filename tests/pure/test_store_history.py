@@ -61,9 +61,12 @@ async def test_a_long_or_odd_input_is_cut_and_cleaned(opened: Store, calls: Exec
     assert (odd.input, odd.input_truncated) == ("a\ufffdb?", False)
 
 
-async def test_the_writer_needs_no_reader(opened: Store, calls: ExecLog) -> None:
+@pytest.mark.parametrize("ends", [False, True])
+async def test_the_writer_needs_no_reader(opened: Store, calls: ExecLog, ends: bool) -> None:
     vm_id = (await reserve(opened)).id
-    await calls.started(vm_id, "exec", "true", CALLER)
+    entry = await calls.started(vm_id, "exec", "true", CALLER)
+    if ends:
+        calls.finished(entry, duration_ms=1)
     async with asyncio.timeout(10):
         while not (await opened.history.exec_log(vm_id, limit=1)).entries:
             await asyncio.sleep(exec_log.GATHER_S / 4)

@@ -40,7 +40,7 @@ from rundatsheesh.manager.net import kernel as net_kernel
 
 IMAGE_CACHE = Path("/var/cache/rundatsheesh")
 AGENT = Path(rundatsheesh.agent.__file__).parent
-BLOCK = 59
+BLOCK = 950 + os.getpid() % 50  # two runs of the tests at once have two
 MEM_MB = 256
 REPLY_TIMEOUT = 120.0  # seconds; the machines that run the tests are busy, and the CPU is emulated
 

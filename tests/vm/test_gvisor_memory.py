@@ -20,6 +20,10 @@ HOGS = {
     "one large object": """python3 -c 'b = b"x" * (600 << 20)'""",
     "mapped at once": """python3 -c 'import mmap; [mmap.mmap(-1, 64 << 20, flags=0x8022) for _ in range(99)]'""",
     "a pipe that is one line": "tail /dev/zero",
+    "a file in memory": """python3 -c '
+import os
+fd = os.memfd_create("x")
+while True: os.write(fd, bytes(1 << 20))'""",
 }
 
 
@@ -47,6 +51,12 @@ async def test_the_call_says_what_killed_it(guest: Guest) -> None:
         )
         seen = await guest.run_script(request)
         assert seen.exit_code == 137 and "the VM is out of memory" in seen.stderr, seen
+
+
+async def test_many_hogs_at_once_end_without_the_guest(guest: Guest) -> None:
+    calls = [sh(guest, """exec python3 -c 'b = b"x" * (600 << 20)'""") for _ in range(4)]
+    assert [seen.exit_code for seen in await asyncio.gather(*calls)] == [137] * 4
+    assert (await sh(guest, "echo alive")).stdout == "alive\n"
 
 
 async def test_many_interpreters_at_once_are_no_hogs(guest: Guest) -> None:

@@ -148,10 +148,13 @@ class Upload:
                 os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
 
     def _resolve_dest(self, dest: bytes) -> bytes:
-        path = os.path.join(self._root, os.fsencode(canonical(os.fsdecode(dest))))
-        real = os.path.realpath(path)
-        if not self._is_inside(real):
-            raise CallFailed("path_outside_workspace", f"{_show(dest)} is outside {WORKSPACE}")
+        """Step by step, for no part of the way may leave the workspace, even where the rest leads back."""
+        real, above = self._root, os.fsencode(WORKSPACE)
+        way = os.path.relpath(os.path.join(above, os.fsencode(canonical(os.fsdecode(dest)))), above)
+        for name in way.split(b"/"):
+            real = os.path.realpath(os.path.join(real, name))
+            if not self._is_inside(real):
+                raise CallFailed("path_outside_workspace", f"{_show(dest)} is outside {WORKSPACE}")
         return real
 
     def _is_inside(self, real: bytes) -> bool:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FORK = b"F"
 POWER_OFF = b"P"
 
-_OWN_OOM_SCORE = -1000
 _SWEEP_WAIT_MS = 20
 
 
@@ -147,7 +146,7 @@ def _prepare(options: Options) -> None:
     limits.files = options.max_files
     limits.raise_own()
     if options.engine == "qemu":
-        limits.set_oom_score(_OWN_OOM_SCORE)
+        limits.set_oom_score(limits.OWN_OOM_SCORE)
         limits.preferred_by_oom_killer = True
     os.umask(0o077)
     _close_inherited()

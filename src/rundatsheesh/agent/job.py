@@ -44,11 +44,10 @@ class CallFailed(Exception):
 class Command:
     """A program to execute as the user.
 
-    `cwd` is as the caller gave it and is checked before use. `setup` is (module of this package, function, argument):
-    it runs in the child as the user just before the program. `cleanup` runs in the server when the program has ended.
+    `cwd` is as the caller gave it and is checked before use. `cleanup` runs in the server when the program has ended.
     """
 
-    __slots__ = ("argv", "channel", "cleanup", "cwd", "env", "setup", "stdin")
+    __slots__ = ("argv", "channel", "cleanup", "cwd", "env", "stdin")
 
     def __init__(
         self,
@@ -58,7 +57,6 @@ class Command:
         cwd: str,
         stdin: bytes = b"",
         channel: Channel | None = None,
-        setup: tuple[str, str, object] | None = None,
         cleanup: Callable[[], None] | None = None,
     ) -> None:
         self.argv = argv
@@ -66,5 +64,4 @@ class Command:
         self.cwd = cwd
         self.stdin = stdin
         self.channel = channel
-        self.setup = setup
         self.cleanup = cleanup

@@ -10,7 +10,8 @@ files = 4096  # open at once, per process
 preferred_by_oom_killer = False  # whether /proc/self/oom_score_adj means something in this kernel
 
 _OWN_FILES = 65536
-_USER_OOM_SCORE = 500  # memory exhaustion takes the user's processes, not the agent
+USER_OOM_SCORE = 500  # memory exhaustion takes the user's processes, not the agent
+OWN_OOM_SCORE = -1000
 
 
 def apply() -> None:
@@ -19,13 +20,11 @@ def apply() -> None:
     allowed = files if most == resource.RLIM_INFINITY else min(files, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if preferred_by_oom_killer:
-        set_oom_score(_USER_OOM_SCORE)
 
 
 def apply_processes() -> None:
-    """As `apply`, but once the process is the user's: Linux refuses execution to who became a user with too many
-    processes, and then nobody could start the program that ends them."""
+    """As `apply`, but apart, since it counts: Linux refuses execution to who became a user with too many processes, and
+    then nobody could start the program that ends them."""
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
 
 

@@ -21,28 +21,32 @@ if TYPE_CHECKING:
 USER = 1000
 MIB = 1 << 20
 
-# Below this much, somebody is killed: this share of all memory, but not less than the constant. The host's limit is
-# 128 MiB above what the guest is shown, so there is time until it strikes, and nobody is killed on a forecast: twenty
-# interpreters that start at once use memory up faster than any hog, and stop.
+# Used is what the host counts, too: anonymous memory and files in memory, which gVisor shows together as AnonPages.
+# Programs mapped from files are left out: by the guest's own count of what is available, twenty interpreters at once
+# leave nothing of a guest that holds them easily.
+#
+# From the first limit on, whoever holds a large part of all memory by himself is killed: this share, and nobody smaller
+# than the constant. It is a little below what the guest is shown as its memory.
 _RESERVE_SHARE = 64
 _LEAST_RESERVE = 6 * MIB
-# Only who holds this share of all memory by himself is killed, and nobody smaller than the constant. What the guest is
-# shown as used includes programs mapped from files, which the host does not count: twenty interpreters at once leave
-# nothing by the guest's count and fit by the host's. Several that are too large together are left to the host's limit.
 _HOG_SHARE = 2
 _LEAST_HOG = 128 * MIB
-_CRITICAL = 4 * MIB
+# From the second limit on, so far above the guest's memory, the largest are killed whatever they are. The host kills
+# the guest as a whole at 192 MiB above, of which its kernel takes 25 to 45: the rest is the time until a kill helps.
+_ALLOWANCE = 64 * MIB
+# From there on, processes that were killed but have not returned their memory are not waited for.
+_CRITICAL = _ALLOWANCE + 32 * MIB
 # Bytes per second that nobody can use up faster: twice what the fastest of several programs reached.
 _FASTEST = 2048 * MIB
 _SHORTEST, _LONGEST = 0.002, 0.05  # seconds between two looks
 # Seconds for which memory goes on being used up as fast as it is now, until a kill helps: several may be at it.
-_RELIEF = 0.15
+_RELIEF = 0.05
 # Seconds from a process's end during which its memory counts as returned already, and for which it is remembered; and
 # seconds that a process may take to end.
 _PROMPT = 0.03
 _RETURN = 0.3
 _END = 1.0
-_PATIENCE = 0.02  # between two kills while next to nothing is left
+_PATIENCE = 0.02  # between two kills when it is critical
 
 
 class MemoryGuard:
@@ -53,16 +57,15 @@ class MemoryGuard:
         self._spawner = spawner
         self._wanted = threading.Event()
         self._meminfo = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
-        self.total = self._read(b"MemTotal:")
-        self._reserve = max(_LEAST_RESERVE, self.total // _RESERVE_SHARE)
+        self.total = self._in_meminfo(b"MemTotal:")
+        self._limit = self.total - max(_LEAST_RESERVE, self.total // _RESERVE_SHARE)
         self._hog = max(_LEAST_HOG, self.total // _HOG_SHARE)
         self._page = os.sysconf("SC_PAGE_SIZE")
         self._dying: dict[int, Dying] = {}
         self._last_kill = 0.0
         self._last_look = 0.0
-        self._available = self.total
-        self._rate = 0.0  # bytes per second by which memory shrinks
-        self._shortfall = 0  # bytes, doubled while kills do not help: with nothing left there is no rate to see
+        self._used = 0
+        self._rate = 0.0  # bytes per second by which use grows
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="memory guard", daemon=True).start()
@@ -83,32 +86,33 @@ class MemoryGuard:
                 report(error)  # and watch on: it is all that keeps the guest alive
 
     def _look(self) -> None:
-        available = self._read(b"MemAvailable:")
-        now = time.monotonic()
-        shrunk = max(0.0, (self._available - available) / max(now - self._last_look, _SHORTEST))
-        self._rate = (self._rate + shrunk) / 2
-        self._available, self._last_look = available, now
-        if available < self._reserve:
-            self._relieve(available, now)
-        spare = max(0, available - self._reserve)
-        time.sleep(min(_LONGEST, max(_SHORTEST, spare / _FASTEST)))
+        used, now = self._in_meminfo(b"AnonPages:"), time.monotonic()
+        grown = max(0.0, (used - self._used) / max(now - self._last_look, _SHORTEST))
+        self._rate = (self._rate + grown) / 2
+        self._used, self._last_look = used, now
+        if used > self.total + _ALLOWANCE:
+            self._relieve(used + int(self._rate * _RELIEF) - self.total - _ALLOWANCE, 1, now)
+        elif used > self._limit:
+            self._relieve(used - self._limit, self._hog, now)
+        time.sleep(min(_LONGEST, max(_SHORTEST, (self._limit - used) / _FASTEST)))
 
-    def _relieve(self, available: int, now: float) -> None:
-        """Kill the largest, as many as it takes for their memory to be enough."""
-        critical = available < _CRITICAL
+    def _relieve(self, excess: int, least: int, now: float) -> None:
+        """Kill the largest, none smaller than `least` bytes, as many as it takes to get `excess` bytes back."""
         returning = self._returning(now)
-        lost = critical and now - self._last_kill > _PATIENCE  # it does not come back in time
-        self._shortfall = min(self.total, max(self._reserve, 2 * self._shortfall)) if lost else 0
-        left = available - self._rate * _RELIEF - self._shortfall + (0 if lost else returning)
-        if left >= self._reserve:
-            return
-        for size, pid in sorted(self._user_processes(), reverse=True):
-            if left >= self._reserve or size < self._hog:
+        is_critical = self._used > self.total + _CRITICAL
+        if not (is_critical and now - self._last_kill > _PATIENCE):
+            excess -= returning
+        processes = sorted(self._user_processes(), reverse=True)
+        if sum(size for size, _ in processes) < excess:
+            # Files in memory, a memfd say, are in no process's size. The largest is taken for their owner at first.
+            processes = [(excess, pid) for _, pid in processes[:1]]
+        for size, pid in processes:
+            if excess <= 0 or size < least:
                 return
             if self._kill(pid):
                 self._dying[pid] = Dying(size, now)
                 self._last_kill = now
-                left += size
+                excess -= size
 
     def _kill(self, pid: int) -> bool:
         try:
@@ -152,9 +156,9 @@ class MemoryGuard:
         finally:
             os.close(fd)
 
-    def _read(self, name: bytes) -> int:
+    def _in_meminfo(self, name: bytes) -> int:
         """A line of /proc/meminfo, in bytes."""
-        text = os.pread(self._meminfo, 512, 0)
+        text = os.pread(self._meminfo, 2048, 0)
         at = text.index(name) + len(name)
         return int(text[at : text.index(b"kB", at)]) * 1024
 

@@ -128,7 +128,7 @@ class Run:
                 theirs.append(self._open_channel())
             for fd in self._streams:
                 os.set_blocking(fd, False)
-            return self._spawner.start(("execute", command.argv, command.env, cwd, command.setup), theirs)
+            return self._spawner.start(("execute", command.argv, command.env, cwd), theirs)
         finally:
             for fd in theirs:
                 os.close(fd)

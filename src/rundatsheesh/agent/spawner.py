@@ -12,7 +12,7 @@ from . import descriptors
 from .init import FORK as NEW_SUPERVISOR
 from .job import CallFailed
 from .program import read_failure, send_job
-from .supervisor import FORK, kill_message
+from .supervisor import WORK, kill_message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .loop import Loop
 
-# Children that wait for a call ahead of it; each costs memory, but saves the call a fork of the interpreter.
+# Supervisors that wait for a call ahead of it; each costs memory, but saves the call a fork of the interpreter.
 SPARE = 1
 _READ = 1 << 16
 
@@ -35,43 +35,38 @@ class Supervisor:
         with theirs:
             spawner.ask_init(NEW_SUPERVISOR, [theirs.fileno()])
 
-    def fork(self) -> socket.socket:
-        """Start a round: the socket on which its child waits for the order."""
+    def begin(self, order: tuple[Any, ...], fds: list[int]) -> socket.socket:
+        """Start a round: the socket on which its failure would come. Raises OSError where the supervisor is gone."""
         job, theirs = socket.socketpair()
         self.round += 1
-        with theirs:
-            descriptors.send(self.control, FORK, [theirs.fileno()])
+        try:
+            with theirs:
+                descriptors.send(self.control, WORK, [theirs.fileno()])
+            send_job(job, order, fds)
+        except BaseException:
+            job.close()
+            raise
         return job
 
 
 class Tree:
     """The processes of one call. `supervisor` is its own until `close`."""
 
-    def __init__(self, spawner: Spawner, supervisor: Supervisor) -> None:
+    def __init__(self, spawner: Spawner, supervisor: Supervisor, order: tuple[Any, ...], fds: list[int]) -> None:
+        """Raises BrokenPipeError or ConnectionResetError where the supervisor is gone."""
         self._spawner = spawner
         self._supervisor = supervisor
-        self._round = 0
-        self._started = False
         self.status: int | None = None  # wait status of the program once it has ended
         self.empty = False  # nothing is left below the supervisor
         self._lost = False  # the supervisor itself was killed
-        self._job = supervisor.fork()
+        self._job = supervisor.begin(order, fds)
         self._round = supervisor.round
+        spawner.count(1)
 
     @property
     def control(self) -> int:
         """The descriptor to poll before `read`."""
         return self._supervisor.control.fileno()
-
-    def start(self, order: tuple[Any, ...], fds: list[int]) -> bool:
-        """Give the waiting child its work; False when there is no child any more."""
-        try:
-            send_job(self._job, order, fds)
-        except (BrokenPipeError, ConnectionResetError):
-            return False
-        self._started = True
-        self._spawner.count(1)
-        return True
 
     def kill(self) -> None:
         """End every process of the call, wherever it went; `read` tells when that is done. Any thread, and even after
@@ -95,7 +90,7 @@ class Tree:
             empty = self._lost = True
         if empty and not self.empty:
             self.empty = True
-            self._end()
+            self._spawner.count(-1)
 
     def wait(self) -> None:
         """Block until the program has ended and nothing is left."""
@@ -115,10 +110,6 @@ class Tree:
         self._supervisor.control.close()
         if not self.empty:
             self.empty = True
-            self._end()
-
-    def _end(self) -> None:
-        if self._started:
             self._spawner.count(-1)
 
 
@@ -130,7 +121,6 @@ class Spawner:
         self._loop = loop
         self._init = init
         self._lock = threading.Lock()
-        self._spare: list[Tree] = []
         self._idle: list[Supervisor] = []
         self.live = 0
         self.on_change: Callable[[], None] = lambda: None
@@ -141,26 +131,30 @@ class Spawner:
     def start(self, order: tuple[Any, ...], fds: list[int]) -> Tree:
         """A tree at work on the order (see program.py); CallFailed when the guest has no room for another."""
         for _ in range(SPARE + 2):  # memory exhaustion may have killed those that waited
-            with self._lock:
-                tree = self._spare.pop(0) if self._spare else self._new()
-            if tree.start(order, fds):
-                return tree
-            tree.close()
+            supervisor = self._take()
+            try:
+                return Tree(self, supervisor, order, fds)
+            except (BrokenPipeError, ConnectionResetError):
+                supervisor.control.close()
         raise CallFailed("guest_overloaded", "the guest cannot start another process")
 
     def refill(self) -> None:
-        """Have children forked for later calls; does not wait for them."""
+        """Have supervisors forked for later calls; does not wait for them."""
         with self._lock:
-            while len(self._spare) < SPARE:
-                self._spare.append(self._new())
+            while len(self._idle) < SPARE:
+                self._idle.append(Supervisor(self))
 
     def reuse(self, supervisor: Supervisor) -> None:
-        """A supervisor without children is kept for the next call when none is."""
+        """A supervisor without children is kept for the next call where none is."""
         with self._lock:
             if len(self._idle) < SPARE:
                 self._idle.append(supervisor)
                 return
         supervisor.control.close()
+
+    def _take(self) -> Supervisor:
+        with self._lock:
+            return self._idle.pop() if self._idle else Supervisor(self)
 
     def count(self, difference: int) -> None:
         with self._lock:
@@ -173,15 +167,6 @@ class Spawner:
         for fd in outputs:
             self._loop.watch(fd, lambda _, fd=fd: self._drop_output(fd))  # type: ignore[misc]  # the default is an int
         self._loop.watch(tree.control, lambda _: self._on_report(tree))
-
-    def _new(self) -> Tree:
-        if self._idle:
-            supervisor = self._idle.pop()
-            try:
-                return Tree(self, supervisor)
-            except (BrokenPipeError, ConnectionResetError):
-                supervisor.control.close()  # it was killed while it waited
-        return Tree(self, Supervisor(self))
 
     def _drop_output(self, fd: int) -> None:
         try:

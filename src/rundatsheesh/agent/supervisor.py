@@ -4,7 +4,7 @@ A supervisor is root and subreaper, so a process that daemonises becomes its chi
 is exactly what the call started. It is used for one call after the other, but for no other call while anything of the
 last one lives. Its `control` socket (packets) leads to the server, which sends
 
-    FORK with a descriptor   have a child wait for a work order on that `job` socket (see program.py)
+    WORK with a descriptor   a round: do the work whose order comes on that `job` socket (see program.py)
     KILL and the round       end everything below; a round that is over is left alone
 
 and receives (round, wait status of the program or None, whether nothing is left). End of file, in either direction,
@@ -22,15 +22,17 @@ import socket
 from . import libc
 from .console import say
 from .descriptors import receive
-from .program import become_program
+from .job import CallFailed
+from .launch import become_launcher, launch
+from .program import become_program, receive_job, send_job, tell_failure
 from .signals import Waiter
 from .sweep import sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
-FORK = b"F"
+WORK = b"W"
 KILL = b"K"
 
 _SWEEP_WAIT_MS = 20
@@ -69,25 +71,49 @@ class Supervisor:
             message, fds = receive(self._control, 16, 1)
         except ConnectionResetError:
             return False
-        if message == FORK:
+        if message == WORK:
             self._round += 1
-            self._fork(socket.socket(fileno=fds[0]))
+            with socket.socket(fileno=fds[0]) as job:
+                self._work(job)
         elif message == kill_message(self._round):
             self._kill()
         return message != b""
 
-    def _fork(self, job: socket.socket) -> None:
-        with job:
-            try:
-                self._program = os.fork()
-            except OSError as error:  # the job closes, by which the server knows
-                say(f"cannot fork a program: {error}")
-                return
-            if self._program == 0:
-                self._waiter.forget()
-                self._control.close()
-                become_program(job)
+    def _work(self, job: socket.socket) -> None:
+        order, fds = receive_job(job)
+        if order is None:
+            return  # the server will not ask how it ended
         self._busy = True
+        try:
+            self._program = self._start(job, order, fds)
+        except Exception as error:
+            tell_failure(job, order[0], error)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _start(self, job: socket.socket, order: tuple[Any, ...], fds: list[int]) -> int:
+        kind, *details = order
+        if kind == "execute":
+            argv, env, cwd = details
+            try:
+                return launch(argv, env, cwd, fds)
+            except BlockingIOError:
+                # The user has as many processes as allowed. Somebody has to be able to end them: see limits.py.
+                return self._fork(job, order, fds)
+        return self._fork(job, order, fds)
+
+    def _fork(self, job: socket.socket, order: tuple[Any, ...], fds: list[int]) -> int:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            say(f"cannot fork a program: {error}")
+            raise CallFailed("guest_overloaded", "the guest cannot start another process") from None
+        if pid == 0:
+            self._waiter.forget()
+            self._control.close()
+            become_program(job, order, fds)
+        return pid
 
     def _kill(self) -> None:
         if self._program:  # unreaped, so its group is its own; mostly that is everybody
@@ -128,10 +154,13 @@ class Supervisor:
         self._status = None
 
     def _rehearse(self) -> None:
-        """Do now what a program's end will make us do: the pages that this writes are copied now, not then."""
+        """Do now what a program will make us do: the pages that this writes are copied now, not then."""
         ours, theirs = socket.socketpair()
-        with ours, theirs:
+        with ours, theirs, open(os.devnull, "r+b", 0) as null:
+            send_job(ours, ("execute", ["/nothing", ""], {"PATH": ""}, "/"), 3 * [null.fileno()])
+            self._work(theirs)
             ours.send(marshal.dumps((0, 0, True)))
+        self._busy = False
         os.kill(os.getpid(), signal.SIGCHLD)
         self._waiter.wait(0)
         self._reap()
@@ -142,6 +171,7 @@ def supervise(control: socket.socket) -> NoReturn:
     status = 1
     try:
         libc.be_subreaper()
+        become_launcher()
         Supervisor(control).run()
         status = 0
     finally:

@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp, Message
 
 from rundatsheesh.manager.api import Readiness, Services, create_api
 from rundatsheesh.manager.build.agent import ensure_agent, find_agent
@@ -67,11 +68,12 @@ async def serve(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     with _listening(settings) as listener:
         async with running(settings) as services:
+            server = await _http_server(services)
             address = listener.getsockname()
             scheme = "https" if settings.tls_cert_file else "http"
             print(f"serving on {scheme}://{_shown_host(address[0])}:{address[1]}", flush=True)  # noqa: T201
             if not stopping.is_set():
-                await _serve_http(services, listener)
+                await server.serve(sockets=[listener])
 
 
 @asynccontextmanager
@@ -91,6 +93,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(network.close)
         await _compile_agent(settings)
         host = VmHost(node, layout, network, engines(settings))
+        await asyncio.to_thread(_look_at_engines, host)
         vms = Vms(settings, store, host, _images(settings))
         stack.push_async_callback(vms.let_go)
         reconciler = Reconciler(store, host, vms)
@@ -118,9 +121,12 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         )
 
 
-async def _serve_http(services: Services, listener: socket.socket) -> None:
+async def _http_server(services: Services) -> uvicorn.Server:
+    """With everything loaded that the first request would wait for."""
+    api = create_api(services)
+    await _rehearse(api)
     config = uvicorn.Config(
-        create_api(services),
+        api,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -130,8 +136,21 @@ async def _serve_http(services: Services, listener: socket.socket) -> None:
         ssl_certfile=services.settings.tls_cert_file or None,
         ssl_keyfile=services.settings.tls_key_file or None,
     )
-    server = uvicorn.Server(config)
-    await server.serve(sockets=[listener])
+    config.load()
+    return uvicorn.Server(config)
+
+
+async def _rehearse(api: ASGIApp) -> None:
+    """One request without a client: what the framework puts off until the first one takes as long as 50 calls."""
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        log.debug("rehearsal: %s", message["type"])
+
+    request = {"type": "http", "method": "GET", "path": "/health", "raw_path": b"/health", "query_string": b""}
+    await api({**request, "headers": [(b"host", b"localhost")], "client": None, "server": None}, receive, send)
 
 
 def _check_certificate(settings: Settings) -> None:
@@ -186,6 +205,13 @@ def _images(settings: Settings) -> Images:
 async def _overview(settings: Settings, store: Store) -> Overview:
     records = await store.list()
     return await collect_overview(records, storage_root=settings.storage_root, max_vms=settings.max_vms)
+
+
+def _look_at_engines(host: VmHost) -> None:
+    """They remember what they find out by starting programs, so that no request waits for it."""
+    for engine in host.engines.values():
+        found = engine.available()
+        log.info("engine %s: %s", engine.name, found.fact)
 
 
 def _readiness(settings: Settings, host: VmHost) -> Readiness:

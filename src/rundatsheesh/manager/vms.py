@@ -164,7 +164,9 @@ class Vms:
         try:
             async with self.locks.hold(record.id):
                 await self._host.make_disk(record)
-                return await self._boot(record, State.WARM, State.WARM)
+                warm = await self._boot(record, State.WARM, State.WARM)
+                await self._host.rehearse(self.running_vms[record.id])
+                return warm
         except BaseException:
             await self.to_its_end(self.discard(record))
             raise

@@ -13,11 +13,13 @@ from pathlib import Path
 from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines.base import Engine, VmFiles
 from rundatsheesh.manager.errors import HostError, InvalidInput, Unavailable
-from rundatsheesh.manager.guest import Identity
+from rundatsheesh.manager.guest import ExecRequest, Identity, ScriptRequest
 from rundatsheesh.manager.model import GATEWAY, Isolation, VmRecord
 from rundatsheesh.manager.net import Network
 from rundatsheesh.manager.vms_layout import Layout, Node
 from rundatsheesh.manager.vms_running import ADOPT_TIMEOUT, CONNECT_TIMEOUT, OnEnd, RunningVm
+
+REHEARSAL_MS = 20_000  # for each program; a fraction of a second on an idle host
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,13 @@ class VmHost:
             raise
         return running
 
+    async def rehearse(self, running: RunningVm) -> None:
+        """Let the guest do once, on nobody's time, what its first caller would wait for: programs are mapped, their
+        directories are looked up. Raises GuestError, GuestDied."""
+        async with running.call() as guest:
+            await guest.exec(ExecRequest(cmd="true", timeout_ms=REHEARSAL_MS, max_output=1024))
+            await guest.run_script(_REHEARSAL)
+
     async def adopt(self, record: VmRecord, on_end: OnEnd) -> RunningVm | None:
         """Take over a guest that an earlier manager left running; None where it no longer runs."""
         engine = self.engine_of(record)
@@ -113,6 +122,8 @@ class VmHost:
 
 # Emulation is the strongest wall after hardware, but 10 to 30 times slower than the application kernel.
 _PREFERENCE = {Isolation.HARDWARE_VM: 0, Isolation.APPLICATION_KERNEL: 1, Isolation.EMULATED_VM: 2}
+
+_REHEARSAL = ScriptRequest(language="ts", code="", timeout_ms=REHEARSAL_MS, max_output=1024, allow_net=False)
 
 
 def _identity(record: VmRecord) -> Identity:

@@ -28,9 +28,10 @@ from rundatsheesh.manager.host.process import Child
 from rundatsheesh.manager.model import Isolation, VmRecord
 
 PIDS_MAX = 1024  # host tasks; an idle sandbox has 25 to 40, and each of the guest's threads is one
-# The sandbox's own memory on top of the guest's: measured 20 MiB idle, and it grows with open files and processes, 60
-# with 100 of them. The rest is how far programs get that use up the guest's memory until the agent has killed them.
-OVERHEAD_MB = 128
+# The sandbox's own memory on top of the guest's: measured 20 MiB idle, and it grows with open files and processes, 45
+# with 20 interpreters, 60 with 100 processes. The rest is how far programs get that use up the guest's memory until the
+# agent has killed them: the limits are in agent/memory.py.
+OVERHEAD_MB = 192
 BOOT_TIMEOUT = 60.0  # seconds; 0.3 on an idle host, and many may start at once
 CAP_SYS_ADMIN = 21
 

@@ -7,6 +7,8 @@ import logging
 import secrets
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
+from itertools import chain
 from types import TracebackType
 
 from rundatsheesh.manager.model import Caller, CallType, ExecLogEntry, ExecLogPage, now
@@ -16,7 +18,11 @@ log = logging.getLogger(__name__)
 
 MAX_INPUT_CHARS = 8192  # of a command or code that is kept
 MAX_PENDING = 4096  # calls noted but not yet written: at most 32 MiB of input
-GATHER_S = 0.1  # a batch waits this long for company; a call that ends within it costs one row, not two writes
+# An ended call waits this long for company: a transaction costs as much CPU as several calls, however few it notes.
+GATHER_S = 1.0
+# An open call is written after this long, so that one which the manager does not outlive is known as interrupted. One
+# that ends sooner costs one row, not two writes.
+OPEN_S = 0.1
 PRUNE_EVERY = EXEC_LOG_PER_VM // 10  # calls of a VM between two prunings
 
 
@@ -122,9 +128,15 @@ class ExecLog:
         while not self._closing.is_set():
             await self._pending.wait()
             try:
-                await asyncio.wait_for(self._closing.wait(), GATHER_S)
+                await asyncio.wait_for(self._closing.wait(), OPEN_S)
             except TimeoutError:
-                await self.flush()
+                if self._is_due():
+                    await self.flush()
+
+    def _is_due(self) -> bool:
+        moment = now()
+        noted = chain(self._begun.values(), self._ended.values())
+        return any(moment - (entry.finished_at or entry.started_at) >= _patience(entry) for entry in noted)
 
     async def _write(self, begun: list[ExecLogEntry], ended: list[ExecLogEntry]) -> None:
         surplus = [vm_id for vm_id, count in self._since_prune.items() if count >= PRUNE_EVERY]
@@ -136,6 +148,10 @@ class ExecLog:
             log.exception("execution log: %d entries could not be written", len(begun) + len(ended))
         for vm_id in surplus:
             del self._since_prune[vm_id]
+
+
+def _patience(entry: ExecLogEntry) -> timedelta:
+    return timedelta(seconds=OPEN_S if entry.finished_at is None else GATHER_S)
 
 
 def _storable(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, bindparam, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from rundatsheesh.manager.model import ActivityEntry, Caller, CallType, ExecLogEntry, ExecLogPage, now
@@ -15,7 +15,14 @@ from rundatsheesh.manager.store.database import Database, finish
 EXEC_LOG_PER_VM = 1000  # newest kept
 ACTIVITY_KEPT = 10_000  # newest kept
 INTERRUPTED = "interrupted"
+_ROW_COLUMNS = tuple(column.name for column in schema.exec_log.c if column.name != "seq")
 _FINISH_COLUMNS = ("exit_code", "duration_ms", "finished_at", "bytes_in", "bytes_out", "timed_out", "error")
+# One statement for any number of calls, built once: building a statement costs more than the database takes for it.
+_FINISH = (
+    update(schema.exec_log)
+    .where(schema.exec_log.c.id == bindparam("ended_id"))
+    .values({name: bindparam(f"new_{name}") for name in _FINISH_COLUMNS})
+)
 
 
 class History:
@@ -79,14 +86,12 @@ class History:
         await finish(self._write_calls(begun, ended))
 
     async def _write_calls(self, begun: Sequence[ExecLogEntry], ended: Sequence[ExecLogEntry]) -> None:
-        table = schema.exec_log
         async with self._database.write() as db:
-            present = await _hold_present(db, {entry.vm_id for entry in begun})
+            present = await _hold_present(db, {entry.vm_id for entry in begun}) if begun else set()
             if rows := [_row(entry) for entry in begun if entry.vm_id in present]:
-                await db.execute(insert(table), rows)
-            for entry in ended:
-                values = {name: getattr(entry, name) for name in _FINISH_COLUMNS}
-                await db.execute(update(table).where(table.c.id == entry.id).values(values))
+                await db.execute(insert(schema.exec_log), rows)
+            if ended:
+                await db.execute(_FINISH, [_finish(entry) for entry in ended])
 
     async def prune_calls(self, vm_ids: Collection[str]) -> None:
         """Keep the newest EXEC_LOG_PER_VM calls of each VM."""
@@ -109,7 +114,11 @@ async def _hold_present(db: AsyncConnection, vm_ids: Collection[str]) -> set[str
 
 
 def _row(entry: ExecLogEntry) -> dict[str, Any]:
-    return {column.name: getattr(entry, column.name) for column in schema.exec_log.c if column.name != "seq"}
+    return {name: getattr(entry, name) for name in _ROW_COLUMNS}
+
+
+def _finish(entry: ExecLogEntry) -> dict[str, Any]:
+    return {"ended_id": entry.id} | {f"new_{name}": getattr(entry, name) for name in _FINISH_COLUMNS}
 
 
 def _entry(row: Row[Any]) -> ExecLogEntry:
