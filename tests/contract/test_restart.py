@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server_support import Dns, Server, eventually, new_server
+from server_support import Dns, Server, eventually, new_server, tgz
 
 TICKER = "while true; do date +%s%N > t && mv t tick; sleep 0.1; done"
 
@@ -71,6 +74,45 @@ def test_a_call_that_was_open_is_told_in_the_log(mortal: Server, engine: str) ->
     finally:
         box.delete()
     assert mortal.traces() == []
+
+
+def test_a_call_that_is_open_when_the_server_is_stopped_is_answered(mortal: Server, engine: str) -> None:
+    box = mortal.create(engine)
+    try:
+        answers: list[httpx.Response] = []
+        caller = threading.Thread(target=lambda: answers.append(box.post("exec", {"cmd": "touch on; sleep 99"})))
+        caller.start()
+        eventually(lambda: "on" in box.output("ls"), box.scale(10), "the command runs")
+        assert mortal.stop() == 0
+        caller.join()
+        mortal.start()
+        assert answers[0].status_code == 503, answers
+        assert answers[0].json()["code"] == "server_stopping" and answers[0].headers["retry-after"]
+        assert box.look()["state"] == "RUNNING"
+        eventually(lambda: "sleep" not in box.output("ps ax -o comm"), box.scale(10), "its process is gone")
+    finally:
+        box.delete()
+
+
+@pytest.mark.every_engine
+def test_what_was_acknowledged_survives_the_death_of_the_machine(mortal: Server, engine: str) -> None:
+    box = mortal.create(engine)
+    try:
+        files = {f"uploaded-{number}": bytes([number]) * (1 + number * 100_000) for number in range(4)}
+        box.output("echo synced > written && sync written")
+        assert box.upload(tgz(files)).status_code == 204
+        for group in Path("/sys/fs/cgroup").rglob(f"{box.id}/cgroup.procs"):
+            for pid in group.read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        eventually(lambda: box.look()["state"] == "ERROR", box.scale(10), "its death is noticed")
+        assert box.seen["reason"] in ("killed", "ended")
+        assert box.post("start").status_code == 204
+        found = box.fetch("/workspace")
+        assert [name for name, content in files.items() if found.get(f"./{name}") != content] == [], list(found)
+        assert box.output("cat written") == "synced\n"
+    finally:
+        box.delete()
 
 
 def test_sessions_and_keys_survive(mortal: Server) -> None:

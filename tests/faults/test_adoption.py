@@ -12,7 +12,9 @@ import httpx
 import pytest
 from lives import KEY, Lives
 
-ANSWER_SECONDS = 2.0
+from server_support import scale
+
+ANSWER_SECONDS = 2.0  # on an idle host
 
 # A file that is open and has no name any more, and a process that goes on counting.
 START = """
@@ -42,7 +44,7 @@ def test_a_new_manager_adopts_what_runs(lives: Lives, how: signal.Signals) -> No
     assert lives.exec(vm["id"], f"cat /proc/{pid}/fd/9") == "kept\n"
     seconds += time.monotonic() - began
     print(f"\n{how.name}: the first call was answered {seconds:.2f} s after the start")
-    assert seconds < ANSWER_SECONDS
+    assert seconds < scale(ANSWER_SECONDS)
     after = lives.get(vm["id"])
     assert (after["state"], after["bootId"], after["startedAt"]) == ("RUNNING", vm["bootId"], vm["startedAt"])
     assert int(lives.exec(vm["id"], "cat /workspace/count")) > before
@@ -106,7 +108,7 @@ def test_a_manager_killed_under_load_is_back_at_once(lives: Lives) -> None:
     assert lives.exec(living, "cat file") == "kept\n"
     seconds = time.monotonic() - began
     print(f"\nthe first call was answered {seconds:.2f} s after the start")
-    assert seconds < ANSWER_SECONDS
+    assert seconds < scale(ANSWER_SECONDS)
     shown = lives.vms()
     assert {vm["state"] for vm in shown} <= {"RUNNING", "STOPPED", "ERROR"}, shown
     assert lives.reconcile()["remaining"] == []  # once everything is cleaned up

@@ -16,6 +16,7 @@ from lives import Lives
 from rundatsheesh.manager.host.cgroup_layout import find_layout
 from rundatsheesh.manager.host.cgroups import Cgroups, Limits
 from rundatsheesh.manager.model import Slot, new_vm_id
+from rundatsheesh.manager.vms_layout import is_managed
 
 
 def run(*argv: str) -> str:
@@ -33,7 +34,9 @@ def test_nothing_leaks_from_vms_at_work_and_at_rest(lives: Lives) -> None:
 def test_leaks_are_found_from_outside_whether_the_server_runs_or_not(lives: Lives) -> None:
     working = lives.create()["id"]
     assert lives.doctor() == (0, set())
+    assert is_managed(lives.storage)
     lives.end(signal.SIGKILL)
+    assert not is_managed(lives.storage)
     assert lives.doctor() == (0, set()), "VMs outlive the server"
     planted = lives.storage / "vms" / new_vm_id()
     planted.mkdir()

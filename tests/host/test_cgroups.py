@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -218,6 +219,26 @@ def test_groups_come_and_go_at_the_same_time(groups: Cgroups) -> None:
         for done in [threads.submit(come_and_go, number) for number in range(4)]:
             done.result()
     assert groups.list_names() == set()
+
+
+def test_groups_are_listed_while_the_last_one_comes_and_goes(groups: Cgroups) -> None:
+    """With it goes the parent, at any moment of the look."""
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        for _ in range(100):
+            groups.group("fleeting").create(LIMITS)
+            groups.group("fleeting").remove()
+        done.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(come_and_go)
+        seen = 0
+        while not (done.is_set() or coming.done()):
+            seen += len(groups.list_names())
+            assert groups.group("fleeting").pids() == []
+        coming.result()
+    assert seen > 0
 
 
 def test_every_hierarchy_can_be_joined(group: Cgroup, launch: Launch) -> None:

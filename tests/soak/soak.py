@@ -1,8 +1,8 @@
 """`make soak`: clients at work on both engines, while manager, sandboxes and virtual machines are killed at random.
 Afterwards nothing that was acknowledged is lost, and nothing is left that nobody knows.
 
-SOAK_SECONDS bounds the work (900), SOAK_SEED repeats its choices, SOAK_ENGINES names the engines. Exits with 1 when
-something was lost or left, or when nothing was proven.
+SOAK_SECONDS bounds the work (900), SOAK_SEED repeats its choices, SOAK_ENGINES names the engines, SOAK_KEEP=1 keeps the
+log. Exits with 1 when something was lost or left, or when nothing was proven.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> int:
         ledger.problem(f"at the end: {error}")
     prove(ledger, chaos)
     report(ledger, chaos, seed)
-    if not ledger.problems:
+    if not ledger.problems and "SOAK_KEEP" not in os.environ:
         shutil.rmtree(directory)
     return 1 if ledger.problems else 0
 

@@ -46,7 +46,7 @@ class Server:
         self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
             "exec": self._exec,
             "script": self._script,
-            "upload": lambda call, params: upload(call, params, self._spawner),
+            "upload": self._upload,
             "download": lambda call, params: download(call, params, self._spawner),
             "configure": lambda call, params: identity.configure(params, self._options.engine),
         }
@@ -71,6 +71,13 @@ class Server:
                 "engine": self._options.engine,
             }
         )
+
+    def _upload(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
+        """What is answered is kept, also when the machine is killed at the next moment."""
+        reply = upload(call, params, self._spawner)
+        if self._options.engine == "qemu":  # gVisor has no cache of its own: the host's kernel has it already
+            os.sync()
+        return reply
 
     def dispatch(self, call: Call, body: bytes) -> None:
         params = wire.decode(body)

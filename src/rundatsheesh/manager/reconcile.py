@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from functools import partial
+from typing import Any
 
 from rundatsheesh.manager.errors import RdsError
 from rundatsheesh.manager.model import Healing, Leak, LeakKind, State, VmRecord
 from rundatsheesh.manager.store import Store
 from rundatsheesh.manager.vms import Vms
-from rundatsheesh.manager.vms_audit import Attended, Site, audit
+from rundatsheesh.manager.vms_audit import AT_REST, Attended, Site, audit, find_remnants, look
 from rundatsheesh.manager.vms_host import VmHost
 from rundatsheesh.manager.vms_orphans import remove_orphan
 from rundatsheesh.manager.vms_recovery import CleanUp, VmRecovery
@@ -46,10 +47,13 @@ class Reconciler:
         that answer are adopted; the rest goes on beside the requests, see `recovered`."""
         await self._store.history.mark_interrupted(self._host.node.id)
         records = await self._store.list_all(self._host.node.id)
-        decisions = {record.id: asyncio.Event() for record in records}
-        self._recovering = {asyncio.create_task(self._recover(record, decisions[record.id])) for record in records}
+        decisions = {record.id: asyncio.Event() for record in records if record.state not in AT_REST}
         for record in records:
-            if record.state is not State.RUNNING:
+            if record.id in decisions:
+                self._begin(self._recovery.recover(record, decisions[record.id].set, self._in_turn), record)
+        await self._clean_up_what_rests(records)
+        for record in records:
+            if record.id in decisions and record.state is not State.RUNNING:
                 await decisions[record.id].wait()
         living = [asyncio.ensure_future(decisions[r.id].wait()) for r in records if r.state is State.RUNNING]
         if living:
@@ -91,12 +95,26 @@ class Reconciler:
             log.warning("healed: %s %s of %s", leak.kind, leak.name, leak.vm_id or "no VM that is known")
         return Healing(healed, tuple(left))
 
-    async def _recover(self, record: VmRecord, decided: asyncio.Event) -> None:
-        """A VM that cannot be recovered is logged, and tried again by the timer."""
+    async def _clean_up_what_rests(self, records: Collection[VmRecord]) -> None:
         try:
-            await self._recovery.recover(record, decided.set, self._in_turn)
-        except Exception:
-            log.exception("%s could not be recovered", record.id)
+            remnants = find_remnants(await look(self._site), records, storage=self._host.layout.vms)
+        except (RdsError, OSError):
+            log.exception("the host cannot be looked at; the timer tries again")
+            return
+        for record in records:
+            if record.id in remnants:
+                self._begin(self._recovery.clean_up(record, self._in_turn), record)
+
+    def _begin(self, recovery: Coroutine[Any, Any, None], record: VmRecord) -> None:
+        """A VM that cannot be recovered is logged, and tried again by the timer."""
+
+        async def to_its_end() -> None:
+            try:
+                await recovery
+            except Exception:
+                log.exception("%s could not be recovered", record.id)
+
+        self._recovering.add(asyncio.create_task(to_its_end()))
 
     async def _in_turn(self, clean_up: CleanUp) -> None:
         async with self._clean_ups:

@@ -88,6 +88,13 @@ def compare(found: Iterable[Leak], records: Collection[VmRecord], attended: Atte
     return sorted(leaks, key=lambda leak: order.index(leak.kind))
 
 
+def find_remnants(found: Iterable[Leak], records: Collection[VmRecord], *, storage: Path) -> set[str]:
+    """VMs at rest of which `found` has more than they keep."""
+    resting = {record.id for record in records if record.state in AT_REST}
+    leaks = compare(found, records, Attended((), ()), storage=storage)
+    return {leak.vm_id for leak in leaks if leak.vm_id in resting}
+
+
 async def audit(site: Site, store: Store, attend: Attend, *, apart: float = 0.0) -> list[Leak]:
     """The differences that two looks, so many seconds `apart`, both show: what is on its way in or out is none."""
     first = await _audit_once(site, store, attend)

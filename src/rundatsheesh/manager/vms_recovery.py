@@ -14,7 +14,7 @@ from functools import partial
 from rundatsheesh.manager.errors import RdsError
 from rundatsheesh.manager.model import State, VmRecord
 from rundatsheesh.manager.store import Store
-from rundatsheesh.manager.vms import MANAGER, STARTABLE, Vms
+from rundatsheesh.manager.vms import MANAGER, SHUTDOWN_GRACE, STARTABLE, Vms
 from rundatsheesh.manager.vms_host import VmHost
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,11 @@ class VmRecovery:
             if clean_up is not None:
                 await turn(clean_up)
 
+    async def clean_up(self, record: VmRecord, turn: Callable[[CleanUp], Awaitable[None]]) -> None:
+        """Once per VM at rest of which more is left on the host than its directory. Held as above."""
+        async with self._vms.locks.hold(record.id):
+            await turn(partial(self._host.take_down, record))
+
     async def settle(self, vm_id: str, remove: Callable[[], Awaitable[None]]) -> None:
         """Make an end of what the audit found of a VM that this manager is not connected to: its record and the host
         agree afterwards. `remove` takes away what no record accounts for."""
@@ -75,8 +80,7 @@ class VmRecovery:
                 await self._host.network.adopt(vm.record.slot, vm.record.spec.policy, look=look)
 
     async def _decide(self, record: VmRecord) -> CleanUp | None:
-        """Adopt the guest, or show the VM as what has become of it; returns what is left to do for that. What a VM at
-        rest may have left on the host is for the audit to find."""
+        """Adopt the guest, or show the VM as what has become of it; returns what is left to do for that."""
         if record.state is State.RUNNING:
             reason = await self._adopt(record)
             return None if reason is None else await self._declare_dead(record, reason)
@@ -85,8 +89,18 @@ class VmRecovery:
             return partial(self._vms.release, record, INTERRUPTED)
         if record.state in _ON_ITS_WAY:
             await self._store.move(record.id, {record.state}, State.STOPPED, reason=INTERRUPTED)
-            return partial(self._host.take_down, record)
+            return partial(self._finish_stop if record.state is State.STOPPING else self._host.take_down, record)
         return None
+
+    async def _finish_stop(self, record: VmRecord) -> None:
+        """In good order where the guest still answers: what it has not yet written to its disk would be lost."""
+        try:
+            vm = await self._host.adopt(record, self._vms.ended)
+            if vm is not None:
+                await vm.shut_down(SHUTDOWN_GRACE)
+        except (RdsError, OSError) as error:
+            log.info("%s does not shut down by itself: %s", record.id, error)
+        await self._host.take_down(record)
 
     async def _adopt(self, record: VmRecord) -> str | None:
         """None once the guest is ours; else the reason why it cannot be."""

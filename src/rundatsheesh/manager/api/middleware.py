@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rundatsheesh.manager.api.problems import problem, unexpected
-from rundatsheesh.manager.errors import HostError, RdsError
+from rundatsheesh.manager.errors import HostError, RdsError, Unavailable
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("rundatsheesh.access")
@@ -22,6 +23,7 @@ access_log = logging.getLogger("rundatsheesh.access")
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_LOGGED_PATH = 512
 CLIENT_GONE = 499  # in the log only
+STOPPING_RETRY_S = 2.0  # until the next server answers
 
 _DEFAULT_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -61,6 +63,11 @@ class RequestContext:
             await self._app(exchange.scope, receive, exchange.send)
         except ClientDisconnect:
             return
+        except asyncio.CancelledError:
+            # The server ends, and has waited for as long as it may. Who asked can ask the next one.
+            if exchange.status is not None:
+                raise
+            await problem(_stopping(), exchange.request_id)(exchange.scope, receive, exchange.send)
         except RdsError as error:
             if isinstance(error, HostError) or exchange.status is not None:
                 log.error("request %s failed: %s", exchange.request_id, error, exc_info=error)
@@ -97,6 +104,10 @@ class _Exchange:
         elif self._head and message["type"] == "http.response.body":
             message = {**message, "body": b""}
         await self._send(message)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the server is stopping", code="server_stopping", retry_after=STOPPING_RETRY_S)
 
 
 def _loggable(path: str) -> str:

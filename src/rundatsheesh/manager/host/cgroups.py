@@ -67,11 +67,7 @@ class Cgroups:
     def list_names(self) -> set[str]:
         """Names of all groups that exist beneath the parent in any hierarchy, for adoption and the leak audit."""
         return {
-            entry.name
-            for mount in self.layout.every_mount
-            if (mount / self.parent).is_dir()
-            for entry in (mount / self.parent).iterdir()
-            if entry.is_dir()
+            entry.name for mount in self.layout.every_mount for entry in _entries(mount / self.parent) if entry.is_dir()
         }
 
 
@@ -291,6 +287,16 @@ class Cgroup:
                 if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                     raise HostError(f"{group} is not {line!r} after {timeout:g} s")
                 file.seek(0)
+
+
+def _entries(directory: Path) -> list[Path]:
+    """Empty where there is none, which may become so at any moment: the last group takes its parent along."""
+    try:
+        return list(directory.iterdir())
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return []
+        raise
 
 
 def _make_group(directory: Path) -> None:
