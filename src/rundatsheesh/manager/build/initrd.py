@@ -45,7 +45,7 @@ for file in {identity}; do
   $b mount -o bind /root/run/identity/$file /root/etc/$file
 done
 echo "nameserver {gateway}" > /root/etc/resolv.conf
-$b mount -t tmpfs -o nosuid,nodev,mode=0755,size=16m tmpfs /root/opt/rds
+$b mount -t tmpfs -o nosuid,nodev,mode=0700,size=16m tmpfs /root/opt/rds
 $b cp -r /agent /root/opt/rds/agent
 $b mount -o remount,ro,nosuid,nodev /root/opt/rds
 $b mount -o move /proc /root/proc
