@@ -77,6 +77,11 @@ def test_login_shells_know_where_users_install(built: Image) -> None:
     assert as_user(built, "echo $PATH", path="/mine:/usr/bin:/bin") == "/mine:/usr/bin:/bin"
 
 
+def test_programs_find_their_locale_in_one_file(built: Image) -> None:
+    assert (built.root / "usr/lib/locale/locale-archive").stat().st_mode & 0o777 == 0o644
+    assert as_user(built, "localedef --list-archive; LC_ALL=C.UTF-8 bash -c 'x=ü; echo ${#x}'") == "C.utf8\n1"
+
+
 def test_npm_installs_globally_into_the_workspace(built: Image) -> None:
     assert as_user(built, "npm prefix --global") == "/workspace/.npm-global"
 

@@ -115,66 +115,70 @@ def _add_tree(writer: Writer, root: int, found: os.stat_result) -> None:
             continue
         try:
             below = []
-            for entry, status in _entries(directory, name):
-                path = name + b"/" + os.fsencode(entry)
-                if stat.S_ISDIR(status.st_mode):
+            for entry in _entries(directory, name):
+                path = name + b"/" + os.fsencode(entry.name)
+                # By what the listing says: to ask for a file's status by name costs as much as to open it.
+                if entry.is_file(follow_symlinks=False):
+                    fd = _unless_changed(_open_file, directory, entry.name, stat.S_IFREG)
+                    if fd is not None:
+                        _add_file(writer, path, fd)
+                elif (status := _status(entry, name)) is not None and stat.S_ISDIR(status.st_mode):
                     writer.add(b"5", path + b"/", status)
                     below.append(path)
-                else:
-                    _add_other(writer, path, directory, entry, status)
+                elif status is not None:
+                    _add_other(writer, path, directory, entry.name, status)
             waiting.extend(reversed(below))
         finally:
             os.close(directory)
 
 
-def _entries(directory: int, name: bytes) -> Iterator[tuple[str, os.stat_result]]:
+def _entries(directory: int, name: bytes) -> Iterator[os.DirEntry[str]]:
     try:
         listing = os.scandir(directory)
     except PermissionError:
         raise _unreadable(name) from None
     with listing:
-        for entry in listing:
-            try:
-                yield entry.name, entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            except PermissionError:
-                raise _unreadable(name) from None
+        yield from listing
+
+
+def _status(entry: os.DirEntry[str], name: bytes) -> os.stat_result | None:
+    """None when it has vanished."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        raise _unreadable(name) from None
 
 
 def _add_other(writer: Writer, path: bytes, directory: int, entry: str, status: os.stat_result) -> None:
     if stat.S_ISLNK(status.st_mode):
-        target = _unless_changed(os.readlink, directory, entry, status)
+        target = _unless_changed(os.readlink, directory, entry, stat.S_IFLNK)
         if target is not None:
             writer.add(b"2", path, status, target=os.fsencode(target))
-    elif stat.S_ISREG(status.st_mode):
-        fd = _unless_changed(_open_file, directory, entry, status)
-        if fd is not None:
-            _add_file(writer, path, fd)
 
 
 def _open_file(entry: str, *, dir_fd: int | None = None) -> int:
     return os.open(entry, _OPEN | os.O_NONBLOCK, dir_fd=dir_fd)  # O_NONBLOCK, should it have become a fifo
 
 
-def _unless_changed(access: Callable[..., T], directory: int, entry: str, status: os.stat_result) -> T | None:
-    """What `access` gives; None when the entry is no longer what `status` says."""
+def _unless_changed(access: Callable[..., T], directory: int, entry: str, kind: int) -> T | None:
+    """What `access` gives; None when the entry is no longer of that kind, or has vanished."""
     try:
         return access(entry, dir_fd=directory)
     except PermissionError:
         raise _unreadable(os.fsencode(entry)) from None
     except OSError:
-        if _still_is(directory, entry, status):
+        if _is(directory, entry, kind):
             raise
         return None
 
 
-def _still_is(directory: int, entry: str, status: os.stat_result) -> bool:
+def _is(directory: int, entry: str, kind: int) -> bool:
     try:
-        now = os.stat(entry, dir_fd=directory, follow_symlinks=False)
+        return stat.S_IFMT(os.stat(entry, dir_fd=directory, follow_symlinks=False).st_mode) == kind
     except FileNotFoundError:
         return False
-    return (now.st_ino, now.st_mode) == (status.st_ino, status.st_mode)
 
 
 def _add_file(writer: Writer, name: bytes, fd: int) -> None:

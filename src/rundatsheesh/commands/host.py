@@ -43,12 +43,9 @@ def serve(with_setup: bool, earlier: int) -> None:
             _run(lambda: _set_up(settings, earlier))
         else:
             _run(lambda: _gate(settings))
-        import uvloop
-
         from rundatsheesh.manager import app
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # a fifth less CPU per call
-            runner.run(app.serve(settings))
+        asyncio.run(app.serve(settings))
 
 
 @click.command()

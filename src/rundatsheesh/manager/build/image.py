@@ -81,6 +81,7 @@ async def _make_root(build: Build) -> None:
     await asyncio.to_thread(_finish_root, build.root, wheels.result())
     build.report("compiling the guest's Python")
     await tree.compile_python(build.root)
+    await tree.archive_locales(build.root)
     build.report("describing the files")
     await asyncio.to_thread(_write_manifest, build, wheels.result())
     await asyncio.to_thread(shutil.rmtree, scratch)

@@ -117,6 +117,14 @@ async def compile_python(root: Path) -> None:
     await process.run(argv, timeout=COMPILE_TIMEOUT, env=environment)
 
 
+async def archive_locales(root: Path) -> None:
+    """Put what programs load at their start for a locale into one file: two opens instead of 26 for each program, a
+    quarter of the time that a shell takes to start in gVisor."""
+    locales = sorted(str(path.relative_to(root)) for path in (root / "usr/lib/locale").iterdir() if path.is_dir())
+    argv = ["chroot", str(root), "/usr/bin/localedef", "--quiet", "--add-to-archive", *(f"/{path}" for path in locales)]
+    await process.run(argv, timeout=COMPILE_TIMEOUT)
+
+
 def level_times(root: Path) -> None:
     """Give every file the same time stamps."""
     stamp = (SOURCE_DATE_EPOCH, SOURCE_DATE_EPOCH)
