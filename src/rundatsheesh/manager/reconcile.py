@@ -123,7 +123,8 @@ class Reconciler:
     def _attended(self, records: Collection[VmRecord]) -> Attended:
         ids = [record.id for record in records]
         held = {vm_id for vm_id in ids if self._vms.running(vm_id) is not None}
-        return Attended(held, {vm_id for vm_id in ids if self._vms.is_worked_on(vm_id)})
+        # The end of a guest that we are connected to is noticed and dealt with: one whose processes are gone is dying.
+        return Attended(held, held | {vm_id for vm_id in ids if self._vms.is_worked_on(vm_id)})
 
     async def _repair_networks(self) -> None:
         look = True  # once for all of them

@@ -291,9 +291,10 @@ class Vms:
                 await self.release(vm.record, reason)
                 return
             del self.running_vms[vm.record.id]
-            await self._host.take_down(vm.record)
+            # First what is shown: should something not go away, the audit finds it.
             await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
             await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=vm.record.id, reason=reason)
+            await self._host.take_down(vm.record)
 
     def is_worked_on(self, vm_id: str) -> bool:
         return self.locks.is_held(vm_id)

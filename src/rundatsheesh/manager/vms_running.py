@@ -161,6 +161,9 @@ class RunningVm:
                 log.warning("%s: the channel ended (%s); ending the VM", self.record.id, channel.result())
                 await self._machine.stop(KILL_GRACE)
             ended = await machine
+        except (RdsError, OSError) as error:
+            log.exception("%s: its end cannot be followed", self.record.id)
+            ended = Exit("lost", None, str(error))
         finally:
             machine.cancel()
             channel.cancel()
@@ -170,10 +173,14 @@ class RunningVm:
         reason = self._verdict or ended.reason
         if not self._exit.done():
             self._exit.set_result(reason)
-        if not self._expected:
-            log.warning("%s ended: %s (%s)", self.record.id, reason, ended.evidence[-500:] or ended.status)
-            await self._on_end(self, reason)
-        self._concluded.set()
+        try:
+            if not self._expected:
+                log.warning("%s ended: %s (%s)", self.record.id, reason, ended.evidence[-500:] or ended.status)
+                await self._on_end(self, reason)
+        except (RdsError, OSError):
+            log.exception("%s is not cleaned up; the reconciler will try again", self.record.id)
+        finally:
+            self._concluded.set()  # whoever waits for it looks at the record then
 
     async def _watch_processes(self) -> None:
         try:

@@ -37,6 +37,7 @@ FREEZE_TIMEOUT = 5.0  # seconds; measured under 1 ms
 KILL_TIMEOUT = 20.0  # a process that writes out dirty pages may take a while to die
 REMOVE_TIMEOUT = 5.0
 _parents = threading.Lock()  # held while a parent gets a child, and while one that may be empty is removed
+_ABSENT = (errno.ENOENT, errno.ENODEV)  # a group that was never made, or one that is removed while we use its files
 _POLL_INTERVAL = 0.0005  # where the kernel has no event to wait for
 
 
@@ -132,7 +133,7 @@ class Cgroup:
         try:
             return [int(line) for line in (self._list / "cgroup.procs").read_text().split()]
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENODEV):  # never made, or removed while we read
+            if error.errno in _ABSENT:
                 return []
             raise
 
@@ -146,11 +147,12 @@ class Cgroup:
             _poll_until(lambda: state.read_text().strip() == "FROZEN", FREEZE_TIMEOUT, f"{self.path} does not freeze")
 
     def thaw(self) -> None:
-        """Let the processes run again. Does nothing when they run, or when the group does not exist."""
+        """Let the processes run again. Does nothing when they run, or when the group does not exist (any more)."""
         try:
             self._request_freeze(False)
-        except FileNotFoundError:
-            return
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
 
     def is_frozen(self) -> bool:
         """Whether freezing was asked for."""
@@ -294,7 +296,7 @@ def _entries(directory: Path) -> list[Path]:
     try:
         return list(directory.iterdir())
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV):
+        if error.errno in _ABSENT:
             return []
         raise
 
