@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .job import Command
     from .spawner import Spawner, Tree
 
-# Bytes of the guest's memory from which one may wait. It takes about 10 MiB, but gVisor shows the guest 95 as used, with
-# all that it has mapped from its file: in a guest of 256 MiB the next Node.js was killed for memory that was not short.
+# Bytes of the guest's memory from which one may wait. It takes about 10 MiB, but gVisor shows the guest 95 as used,
+# with all that it has mapped from its file: in 256 MiB the next Node.js was killed for memory that was not short.
 LEAST_MEMORY = 1 << 30
 
 _CALM = 0.03  # seconds without a call before another is started: that must not slow the calls which follow
