@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .job import Command
     from .spawner import Spawner, Tree
 
-LEAST_MEMORY = 256 << 20  # bytes of the guest's, where one that waits is no burden
+# Bytes of the guest's memory from which one may wait: it takes about 10 MiB, and what else it shows as used is mapped
+# from its file, which memory.py does not count.
+LEAST_MEMORY = 256 << 20
 
 _CALM = 0.03  # seconds without a call before another is started: that must not slow the calls which follow
 _LOOK_MS = 10  # between two looks for its socket
