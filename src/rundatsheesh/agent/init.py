@@ -149,6 +149,9 @@ def _prepare(options: Options) -> None:
     if options.engine == "qemu":
         limits.set_oom_score(_OWN_OOM_SCORE)
         limits.preferred_by_oom_killer = True
+        # For each upload and download to find it loaded: an emulated CPU takes a tenth of a second to do so, and what a
+        # template has loaded all its clones share.
+        from . import files  # noqa: F401
     os.umask(0o077)
     _close_inherited()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)

@@ -17,7 +17,7 @@ from .loop import IN, Loop
 from .memory import MemoryGuard
 from .run import Run
 from .spawner import Spawner
-from .transfer import download, upload
+from .transfer import Transfers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,13 +38,14 @@ class Server:
         self._spawner.on_change = self._on_change
         # Linux has an OOM killer of its own, which is told whom to prefer, see limits.py.
         self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else None
+        self._transfers = Transfers(self._spawner, options.engine)
         self._watchers: list[Watcher] = []
         # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
         self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
             "exec": self._exec,
             "script": self._script,
-            "upload": lambda call, params: upload(call, params, self._spawner),
-            "download": lambda call, params: download(call, params, self._spawner),
+            "upload": self._transfers.upload,
+            "download": self._transfers.download,
             "configure": lambda call, params: identity.configure(params, self._options.engine),
         }
         self._at_once: dict[str, Callable[[Call], None]] = {
@@ -66,6 +67,7 @@ class Server:
                 "agent_version": VERSION,
                 "boot_id": identity.boot_id,
                 "engine": self._options.engine,
+                "transfer_disk": self._transfers.have_disk,
             }
         )
 

@@ -61,7 +61,8 @@ class RunningVm:
     async def open(cls, record: VmRecord, engine: Engine, machine: Machine, on_end: OnEnd, timeout: float) -> RunningVm:  # noqa: ASYNC109
         """Connect to the agent. Raises EngineError, GuestUnresponsive or GuestMisbehaved; the machine is then as it
         was."""
-        guest = await Guest.connect(await machine.connect(), timeout=timeout)
+        stream = await machine.connect()
+        guest = await Guest.connect(stream, timeout=timeout, transfer_disk=machine.transfer_disk)
         return cls(record, engine, machine, guest, on_end)
 
     @property
