@@ -14,7 +14,7 @@ from .console import report, say
 from .init import POWER_OFF
 from .job import CallFailed, Command
 from .loop import IN, Loop
-from .memory import MemoryGuard
+from .memory import KernelsGuard, MemoryGuard
 from .run import Run
 from .spawner import Spawner
 from .transfer import Transfers
@@ -36,8 +36,7 @@ class Server:
         self.loop = Loop()
         self._spawner = Spawner(self.loop, init)
         self._spawner.on_change = self._on_change
-        # Linux has an OOM killer of its own, which is told whom to prefer, see limits.py.
-        self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else None
+        self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else KernelsGuard()
         self._transfers = Transfers(self._spawner, options.engine)
         self._watchers: list[Watcher] = []
         # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
@@ -46,6 +45,7 @@ class Server:
             "script": self._script,
             "upload": self._transfers.upload,
             "download": self._transfers.download,
+            "clock": lambda call, params: identity.set_clock(params),
             "configure": lambda call, params: identity.configure(params, self._options.engine),
         }
         self._at_once: dict[str, Callable[[Call], None]] = {
@@ -57,8 +57,7 @@ class Server:
     def prepare(self) -> None:
         """Have a supervisor waiting for the first call, and somebody to watch over what it does."""
         self._spawner.refill()
-        if self._guard is not None:
-            self._guard.start()
+        self._guard.start()
 
     def hello(self) -> bytes:
         return wire.encode(
@@ -122,8 +121,7 @@ class Server:
         watcher.tell()
 
     def _on_change(self) -> None:
-        if self._guard is not None:
-            self._guard.wake()
+        self._guard.wake()
         for watcher in self._watchers:
             watcher.tell()
 
