@@ -5,7 +5,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help serve setup doctor test soak lint format bench lock image-check clean
+.PHONY: help serve setup doctor test soak lint format bench boots lock image-check clean
 
 MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
@@ -43,6 +43,9 @@ format: ## put the code into its one format
 
 bench: ## measure what is promised, beside the bare runtime: docs/benchmark.svg (BENCH=--full for all)
 	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) tests/bench $(BENCH)
+
+boots: ## boot virtual machines in a row, each from its kernel (BOOTS=100)
+	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) tests/bench/boots.py $(BOOTS)
 
 soak: ## work and kill at random for SOAK_SECONDS (900), then look for what is lost or left
 	@$(BOOTSTRAP) dev && $(AS_ROOT) .venv/bin/rds setup --earlier 2 && exec $(AS_ROOT) $(PYTHON) tests/soak/soak.py

@@ -57,7 +57,7 @@ async def host(settings: Settings) -> AsyncIterator[VmHost]:
 @asynccontextmanager
 async def vm(host: VmHost, settings: Settings, engine: str) -> AsyncIterator[RunningVm]:
     """Booted as a server boots it; nothing of it is left afterwards."""
-    record = _record(host, settings, engine)
+    record = make_record(host, settings, engine)
     await host.make_disk(record)
     try:
         running = await host.boot(record, _ended)
@@ -73,7 +73,7 @@ def clone(host: VmHost, settings: Settings) -> Contender:
     engine = host.engines["qemu"]
 
     async def measure() -> Mapping[str, float]:
-        record = _record(host, settings, engine.name)
+        record = make_record(host, settings, engine.name)
         await host.make_disk(record)
         try:
             await host.network.attach(record.slot, record.spec.policy, kind=engine.link)
@@ -135,7 +135,7 @@ def settings_in(directory: Path, runtime: Path, base: Settings) -> Settings:
     return base.model_copy(update={"storage_root": directory, "runtime_dir": runtime})
 
 
-def _record(host: VmHost, settings: Settings, engine: str) -> VmRecord:
+def make_record(host: VmHost, settings: Settings, engine: str) -> VmRecord:
     image = find_image(settings.image_cache)
     if image is None:
         raise FileNotFoundError("no guest image on this host: run `rds setup`")

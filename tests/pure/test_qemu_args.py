@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rundatsheesh.manager.engines.qemu_args import Accelerator, Boot, Clone, Descriptors, Hardware, command
 
 MAC = "02:fd:ac:10:01:02"
-FILES = Descriptors(memory=10, root=11, console=12, qmp=13, agent=14, network=15, workspace=16)
+FILES = Descriptors(memory=10, root=11, console=12, qmp=13, agent=14, network=15, transfer=17, workspace=16)
 
 hardware = st.builds(
     Hardware,
@@ -40,7 +40,7 @@ def test_every_machine_is_confined_and_no_path_but_proc_is_named(shape: Hardware
 
 @given(hardware)
 def test_a_clone_has_the_devices_of_its_template(shape: Hardware) -> None:
-    template = command(shape, Descriptors(10, 11, 12, 13, 14, 15, None), Boot(20, 21), MAC)
+    template = command(shape, Descriptors(10, 11, 12, 13, 14, 15, 17, None), Boot(20, 21), MAC)
     clone = command(shape, FILES, Clone(22), MAC)
     for name in ("-device", "-M", "-cpu", "-smp", "-m", "-global", "-accel"):
         assert option(template, name) == option(clone, name)

@@ -25,7 +25,10 @@ async def test_the_guest_is_debian_and_its_user_has_no_privileges(lab: Lab) -> N
     )
     capabilities = await output(guest, "grep -h -E '^(Cap...|NoNewPrivs):' /proc/self/status | awk '{print $2}'")
     assert set(capabilities.split()) == {"0000000000000000", "1"}
-    refused = "unshare -U true || touch /etc/x || touch /opt/rds/x || cat /dev/vda || dmesg || ls /run/agent"
+    refused = (
+        "unshare -U true || touch /etc/x || touch /opt/rds/x || cat /opt/rds/agent/init.py || cat /dev/vda ||"
+        "cat /dev/vdc || dmesg || ls /run/agent"
+    )
     assert (await run(guest, refused)).exit_code != 0
     assert await output(guest, "touch /workspace/a /tmp/a /var/tmp/a /dev/shm/a; stat -c %u /workspace/a") == "1000"
     assert await output(guest, "cat /etc/resolv.conf; getent hosts localhost | wc -l") == "nameserver 172.16.0.1\n1"

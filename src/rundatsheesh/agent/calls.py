@@ -37,6 +37,8 @@ class Call:
         self._void = False  # the host no longer knows this call; its number may mean another one
         self._on_cancel: Callable[[], None] | None = None
         self.on_credit: Callable[[], None] | None = None  # for who sends without waiting; called under the lock
+        self._forward_to: int | None = None
+        self._forwarded = 0  # bytes, since the host was last given credit
 
     @property
     def cancelled(self) -> bool:
@@ -81,6 +83,12 @@ class Call:
                     self._connection.transmit(self._connection.session.grant(self._number, len(chunk)))
             return chunk
 
+    def forward(self, fd: int | None) -> None:
+        """Write what the host sends from now on to this descriptor, in which there is always room for it, instead of
+        keeping it for `read_data`. None ends that: the descriptor is the caller's own again."""
+        with self._changed:
+            self._forward_to = fd
+
     def reply(self, answer: dict[str, Any]) -> None:
         """End the call well."""
         with self._changed:
@@ -97,7 +105,9 @@ class Call:
     # --- for the connection, which holds the lock ---
 
     def take(self, event: wire.Event) -> None:
-        if event.kind == wire.DATA:
+        if event.kind == wire.DATA and self._forward_to is not None:
+            self._pass_on(self._forward_to, event.payload)
+        elif event.kind == wire.DATA:
             self._inbox.append(event.payload)
         elif event.kind == wire.END:
             self._inbox.append(None)
@@ -114,6 +124,16 @@ class Call:
         if first and self._on_cancel is not None:
             self._on_cancel()
         self._changed.notify_all()
+
+    def _pass_on(self, fd: int, data: bytes) -> None:
+        try:
+            os.write(fd, data)
+        except BrokenPipeError:
+            return  # who read it has ended; why, it says itself
+        self._forwarded += len(data)
+        if self._forwarded >= wire.WINDOW // 4:
+            self._connection.transmit(self._connection.session.grant(self._number, self._forwarded))
+            self._forwarded = 0
 
     def _send(self, stream: int, data: bytes | bytearray | memoryview) -> int:
         if self._void:

@@ -16,6 +16,7 @@ import struct
 
 from .job import CallFailed
 from .paths import WORKSPACE, canonical
+from .slots import SECTOR, Ring
 from .tar import download
 
 TYPE_CHECKING = False
@@ -51,7 +52,7 @@ def upload(params: dict[str, Any], source: int) -> None:
     Raises CallFailed path_outside_workspace, path_conflict, path_too_long or workspace_full before anything is
     written; path_unwritable, path_conflict, workspace_full, upload_incomplete or OSError later: what was written stays.
     """
-    reader = Reader(source)
+    reader: Reader = SlotReader(params["ring"]) if "ring" in params else PipeReader(source)
     entries = parse_table(reader.exactly(params["table_bytes"]))
     try:
         Upload(os.fsencode(params["dest"]), entries).write(reader)
@@ -78,40 +79,80 @@ def parse_table(table: bytes) -> list[Entry]:
 class Reader:
     """The incoming bytes, read ahead in large pieces."""
 
-    def __init__(self, source: int) -> None:
-        self._source = source
-        self._buffer = bytearray(_BUFFER)
+    def __init__(self, aligned_bytes: int) -> None:
         self._ready = memoryview(b"")
+        self._aligned_bytes = aligned_bytes
+        self._aligned: memoryview | None = None
 
     def some(self, limit: int) -> memoryview:
         """1 to `limit` bytes, valid until the next call."""
         if not self._ready:
-            size = os.readv(self._source, [self._buffer])
-            if size == 0:
+            self._ready = self._read()
+            if not self._ready:
                 raise CallFailed("upload_incomplete", "the upload ended before its announced length")
-            self._ready = memoryview(self._buffer)[:size]
         piece = self._ready[:limit]
         self._ready = self._ready[limit:]
         return piece
-
-    def fill(self, view: memoryview) -> None:
-        """Fill all of it; what was not read ahead arrives there without another copy."""
-        while view:
-            if self._ready:
-                piece = self.some(len(view))
-                view[: len(piece)] = piece
-                size = len(piece)
-            else:
-                size = os.readv(self._source, [view])
-                if size == 0:
-                    raise CallFailed("upload_incomplete", "the upload ended before its announced length")
-            view = view[size:]
 
     def exactly(self, size: int) -> bytes:
         collected = bytearray()
         while len(collected) < size:
             collected += self.some(size - len(collected))
         return bytes(collected)
+
+    def blocks(self, limit: int) -> memoryview:
+        """Whole blocks, at an address that fits a transfer past the kernel's cache, `limit` bytes (whole blocks) at
+        most; valid until the next call."""
+        if self._aligned is None:
+            self._aligned = memoryview(mmap.mmap(-1, self._aligned_bytes))
+        wanted = view = self._aligned[:limit]
+        while view:
+            view = view[self._fill(view) :]
+        return wanted
+
+    def _fill(self, view: memoryview) -> int:
+        """Put the next bytes there, as many as come at once."""
+        piece = self.some(len(view))
+        view[: len(piece)] = piece
+        return len(piece)
+
+    def _read(self) -> memoryview:
+        """The next piece; empty at the end."""
+        raise NotImplementedError
+
+
+class PipeReader(Reader):
+    def __init__(self, source: int) -> None:
+        super().__init__(_BUFFER)
+        self._source = source
+        self._buffer = memoryview(bytearray(_BUFFER))
+
+    def _read(self) -> memoryview:
+        return self._buffer[: os.readv(self._source, [self._buffer])]
+
+    def _fill(self, view: memoryview) -> int:
+        """What was not read ahead arrives there without another copy."""
+        return (not self._ready and os.readv(self._source, [view])) or super()._fill(view)
+
+
+class SlotReader(Reader):
+    def __init__(self, place: dict[str, Any]) -> None:
+        self._ring = Ring(place)
+        super().__init__(self._ring.slot_bytes)
+        self._size = 0  # of what is in the ring's buffer
+        self._ring.give_out()
+
+    def blocks(self, limit: int) -> memoryview:
+        """Out of the slot itself, where they begin at an address that fits."""
+        whole = min(limit, len(self._ready) // _BLOCK * _BLOCK)
+        if whole and (self._size - len(self._ready)) % SECTOR == 0:
+            return self.some(whole)
+        return super().blocks(limit)
+
+    def _read(self) -> memoryview:
+        received = self._ring.receive()
+        self._size = len(received)
+        return received
 
 
 class Upload:
@@ -298,12 +339,10 @@ def _write_direct(fd: int, size: int, reader: Reader) -> int:
         return 0
     whole = size - size % _BLOCK
     written = 0
-    with mmap.mmap(-1, _BUFFER) as aligned, memoryview(aligned) as buffer:
-        while written < whole:
-            with buffer[: min(_BUFFER, whole - written)] as piece:
-                reader.fill(piece)
-                _write_blocks(fd, piece, flags)
-                written += len(piece)
+    while written < whole:
+        piece = reader.blocks(whole - written)
+        _write_blocks(fd, piece, flags)
+        written += len(piece)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags)
     return written
 

@@ -147,7 +147,11 @@ def _prepare(options: Options) -> None:
     limits.raise_own()
     if options.engine == "qemu":
         limits.set_oom_score(limits.OWN_OOM_SCORE)
+        limits.bound_files_in_memory()
         limits.preferred_by_oom_killer = True
+        # For each upload and download to find it loaded: an emulated CPU takes a tenth of a second to do so, and what a
+        # template has loaded all its clones share.
+        from . import files  # noqa: F401
     os.umask(0o077)
     _close_inherited()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)

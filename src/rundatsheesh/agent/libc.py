@@ -13,7 +13,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
-MS_NOSUID, MS_NODEV, MS_NOATIME = 2, 4, 1024
+MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_NOATIME = 2, 4, 32, 1024
 POWER_OFF = 0x4321FEDC
 LAST_CAPABILITY = 63  # above the last that exists; dropping one that does not is refused and means nothing
 
@@ -52,6 +52,11 @@ def mount(source: str, target: str, fstype: str, options: str) -> int:
     """Without set-uid programs and devices; -1 where the kernel refuses."""
     flags = MS_NOSUID | MS_NODEV | MS_NOATIME
     return call("mount", source.encode(), target.encode(), fstype.encode(), flags, options.encode())
+
+
+def resize_tmpfs(target: str, options: str) -> int:
+    """-1 where the kernel refuses."""
+    return call("mount", b"tmpfs", target.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_REMOUNT, options.encode())
 
 
 def power_off() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 
+from . import libc
+
 processes = 512  # of the user at once; a fork bomb ends here
 files = 4096  # open at once, per process
 preferred_by_oom_killer = False  # whether /proc/self/oom_score_adj means something in this kernel
@@ -12,6 +14,10 @@ preferred_by_oom_killer = False  # whether /proc/self/oom_score_adj means someth
 _OWN_FILES = 65536
 USER_OOM_SCORE = 500  # memory exhaustion takes the user's processes, not the agent
 OWN_OOM_SCORE = -1000
+# File systems in memory that the user can write to, and their shares of what is free when the agent starts. No process
+# has to live for a file to stay: with all of it taken the kernel would have nobody to kill, and panic.
+_IN_MEMORY = {"/tmp": 0.4, "/dev/shm": 0.15, "/var/tmp": 0.15}
+_BYTES_PER_FILE = 8192  # of room; an empty file takes a kilobyte of the kernel's memory
 
 
 def apply() -> None:
@@ -41,3 +47,19 @@ def set_oom_score(score: int) -> None:
         os.write(fd, b"%d" % score)
     finally:
         os.close(fd)
+
+
+def bound_files_in_memory() -> None:
+    """In a kernel of our own. Whatever the files take, programs have the rest; OSError where the kernel refuses."""
+    free = _available_memory()
+    for path, share in _IN_MEMORY.items():
+        size = int(free * share)
+        if libc.resize_tmpfs(path, f"size={size},nr_inodes={size // _BYTES_PER_FILE}") != 0:
+            raise OSError(f"cannot bound {path}")
+
+
+def _available_memory() -> int:
+    """Bytes."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024

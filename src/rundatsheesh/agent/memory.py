@@ -16,7 +16,19 @@ from .console import report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from .spawner import Spawner
+
+    class Guard(Protocol):
+        """Who ends processes of the user when memory is used up."""
+
+        total: int  # bytes of memory
+
+        @property
+        def kills(self) -> int:
+            """How many were ended so far."""
+
 
 USER = 1000
 MIB = 1 << 20
@@ -47,6 +59,25 @@ _PROMPT = 0.03
 _RETURN = 0.3
 _END = 1.0
 _PATIENCE = 0.02  # between two kills when it is critical
+
+
+class KernelsGuard:
+    """Counts the kills of a kernel that has an OOM killer. It is told whom to prefer, see limits.py."""
+
+    def __init__(self) -> None:
+        self._vmstat = os.open("/proc/vmstat", os.O_RDONLY | os.O_CLOEXEC)
+        with open("/proc/meminfo", "rb") as file:
+            self.total = _field(file.read(), b"MemTotal:") * 1024
+
+    @property
+    def kills(self) -> int:
+        return _field(os.pread(self._vmstat, 1 << 16, 0), b"\noom_kill ")
+
+    def start(self) -> None:
+        """It is always at work."""
+
+    def wake(self) -> None:
+        """It never sleeps."""
 
 
 class MemoryGuard:
@@ -158,9 +189,7 @@ class MemoryGuard:
 
     def _in_meminfo(self, name: bytes) -> int:
         """A line of /proc/meminfo, in bytes."""
-        text = os.pread(self._meminfo, 2048, 0)
-        at = text.index(name) + len(name)
-        return int(text[at : text.index(b"kB", at)]) * 1024
+        return _field(os.pread(self._meminfo, 2048, 0), name) * 1024
 
 
 class Dying:
@@ -170,3 +199,9 @@ class Dying:
         self.size = size
         self.killed = killed
         self.seen = killed  # when it last held memory
+
+
+def _field(text: bytes, name: bytes) -> int:
+    """The number after the name, in a file of /proc."""
+    at = text.index(name) + len(name)
+    return int(text[at : text.index(b"\n", at)].split()[0])

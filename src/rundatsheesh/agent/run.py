@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .ahead import Ahead
     from .calls import Call
     from .job import Command
-    from .memory import MemoryGuard
+    from .memory import Guard
     from .spawner import Spawner, Tree
 
 TIMED_OUT = 124
@@ -84,7 +84,7 @@ class Run:
         command: Command,
         spawner: Spawner,
         ahead: Ahead,
-        guard: MemoryGuard | None,
+        guard: Guard,
         timeout_ms: int,
         max_output: int,
     ) -> None:
@@ -93,7 +93,7 @@ class Run:
         self._spawner = spawner
         self._ahead = ahead
         self._guard = guard
-        self._kills_before = guard.kills if guard is not None else 0
+        self._kills_before = guard.kills
         self._started = _milliseconds()
         self._deadline = self._started + timeout_ms
         self._timed_out = False
@@ -234,10 +234,9 @@ class Run:
 
     def _explain_kill(self, code: int) -> None:
         """Say so in the output where memory exhaustion is what ended the program."""
-        guard = self._guard
-        if guard is None or code != KILLED or self._timed_out or guard.kills == self._kills_before:
+        if code != KILLED or self._timed_out or self._guard.kills == self._kills_before:
             return
-        self._outputs[wire.STDERR].feed(b"Killed: the VM is out of memory (%d MiB)\n" % (guard.total >> 20))
+        self._outputs[wire.STDERR].feed(b"Killed: the VM is out of memory (%d MiB)\n" % (self._guard.total >> 20))
 
     def _let_go(self, tree: Tree | None) -> None:
         """The call is over; what the program left behind lives on, unless it was to be killed."""

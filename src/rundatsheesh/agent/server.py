@@ -15,10 +15,10 @@ from .console import report, say
 from .init import POWER_OFF
 from .job import CallFailed, Command
 from .loop import IN, Loop
-from .memory import MemoryGuard
+from .memory import KernelsGuard, MemoryGuard
 from .run import Run
 from .spawner import Spawner
-from .transfer import download, upload
+from .transfer import Transfers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,17 +37,18 @@ class Server:
         self.loop = Loop()
         self._spawner = Spawner(self.loop, init)
         self._spawner.on_change = self._on_change
-        # Linux has an OOM killer of its own, which is told whom to prefer, see limits.py.
-        self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else None
+        self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else KernelsGuard()
+        self._transfers = Transfers(self._spawner, options.engine)
         # A clone of a Linux guest would share with its siblings what an interpreter took for random at its start.
-        self._ahead = Ahead(self._spawner, memory=self._guard.total if self._guard is not None else 0)
+        self._ahead = Ahead(self._spawner, memory=self._guard.total if options.engine == "gvisor" else 0)
         self._watchers: list[Watcher] = []
         # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
         self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
             "exec": self._exec,
             "script": self._script,
-            "upload": self._upload,
-            "download": lambda call, params: download(call, params, self._spawner),
+            "upload": self._transfers.upload,
+            "download": self._transfers.download,
+            "clock": lambda call, params: identity.set_clock(params),
             "configure": lambda call, params: identity.configure(params, self._options.engine),
         }
         self._at_once: dict[str, Callable[[Call], None]] = {
@@ -59,8 +60,7 @@ class Server:
     def prepare(self) -> None:
         """Have a supervisor waiting for the first call, and somebody to watch over what it does."""
         self._spawner.refill()
-        if self._guard is not None:
-            self._guard.start()
+        self._guard.start()
 
     def hello(self) -> bytes:
         return wire.encode(
@@ -69,15 +69,9 @@ class Server:
                 "agent_version": VERSION,
                 "boot_id": identity.boot_id,
                 "engine": self._options.engine,
+                "transfer_disk": self._transfers.have_disk,
             }
         )
-
-    def _upload(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
-        """What is answered is kept, also when the machine is killed at the next moment."""
-        reply = upload(call, params, self._spawner)
-        if self._options.engine == "qemu":  # gVisor has no cache of its own: the host's kernel has it already
-            os.sync()
-        return reply
 
     def dispatch(self, call: Call, body: bytes) -> None:
         params = wire.decode(body)
@@ -134,8 +128,7 @@ class Server:
         watcher.tell()
 
     def _on_change(self) -> None:
-        if self._guard is not None:
-            self._guard.wake()
+        self._guard.wake()
         for watcher in self._watchers:
             watcher.tell()
 

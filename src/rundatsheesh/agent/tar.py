@@ -5,11 +5,14 @@ The format is GNU's, since its long names are bytes, where pax wants UTF-8.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 
 from .job import CallFailed
 from .paths import canonical, inside_workspace
+from .slots import SECTOR, Ring
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 _BLOCK = 512
 _NAME = 100  # bytes of a name, or of a link's target, that the header holds
 _BUFFER = 1 << 18
+_DIRECT_FROM = 1 << 18  # bytes from which a file is worth reading past the kernel's cache
 _STEP = 3840  # bytes of a path that one open() takes; the kernel's limit is 4095
 _MAX_OCTAL = 0o77777777777
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -34,7 +38,7 @@ def download(params: dict[str, Any], sink: int) -> None:
     """
     path = params["path"]
     real = os.fsencode(inside_workspace(path))
-    writer = Writer(sink)
+    writer: Writer = SlotWriter(params["ring"]) if "ring" in params else PipeWriter(sink)
     try:
         found = os.lstat(real)
         if stat.S_ISDIR(found.st_mode):
@@ -50,10 +54,7 @@ def download(params: dict[str, Any], sink: int) -> None:
 
 
 class Writer:
-    def __init__(self, sink: int) -> None:
-        self._sink = sink
-        self._pending = bytearray()
-        self._buffer = bytearray(_BUFFER)
+    """Headers, contents and their padding, each a multiple of _BLOCK."""
 
     def add(self, kind: bytes, name: bytes, found: os.stat_result, size: int = 0, target: bytes = b"") -> None:
         """A header; `size` bytes of content have to follow."""
@@ -66,13 +67,7 @@ class Writer:
 
     def copy(self, fd: int, size: int) -> None:
         """`size` bytes of `fd`, zeros where it is shorter now, and the padding."""
-        left = size
-        while left:
-            got = os.readv(fd, [memoryview(self._buffer)[: min(left, _BUFFER)]])
-            if got == 0:
-                break
-            self._put(memoryview(self._buffer)[:got])
-            left -= got
+        left = size - self._copy(fd, size)
         self._zeros(left + -size % _BLOCK)
 
     def finish(self) -> None:
@@ -84,6 +79,30 @@ class Writer:
             self._put(bytes(_BUFFER))
             size -= _BUFFER
         self._put(bytes(size))
+
+    def _copy(self, fd: int, size: int) -> int:
+        """`size` bytes of `fd`, or what it has; the number."""
+        raise NotImplementedError
+
+    def _put(self, data: bytes | memoryview) -> None:
+        raise NotImplementedError
+
+    def _flush(self) -> None:
+        raise NotImplementedError
+
+
+class PipeWriter(Writer):
+    def __init__(self, sink: int) -> None:
+        self._sink = sink
+        self._pending = bytearray()
+        self._buffer = bytearray(_BUFFER)
+
+    def _copy(self, fd: int, size: int) -> int:
+        left = size
+        while left and (got := os.readv(fd, [memoryview(self._buffer)[: min(left, _BUFFER)]])):
+            self._put(memoryview(self._buffer)[:got])
+            left -= got
+        return size - left
 
     def _put(self, data: bytes | memoryview) -> None:
         """Small pieces are sent together, large ones at once and uncopied."""
@@ -102,6 +121,63 @@ class Writer:
     def _send(self, view: memoryview) -> None:
         while view:
             view = view[os.write(self._sink, view) :]
+
+
+class SlotWriter(Writer):
+    def __init__(self, place: dict[str, Any]) -> None:
+        self._ring = Ring(place)
+        self._used = 0  # of the ring's buffer
+
+    def _copy(self, fd: int, size: int) -> int:
+        left = size
+        direct = size >= _DIRECT_FROM and _set_direct(fd, True)
+        while left:
+            try:
+                got = os.readv(fd, [self._room(left + -left % SECTOR if direct else left)])
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                direct = _set_direct(fd, False)  # the disk asks for more than SECTOR
+                continue
+            if got == 0:
+                break
+            got = min(got, left)
+            self._advance(got)
+            left -= got
+            if direct and got % SECTOR:
+                break  # it ends here now
+        return size - left
+
+    def _put(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            room = self._room(len(view))
+            room[:] = view[: len(room)]
+            view = view[len(room) :]
+            self._advance(len(room))
+
+    def _room(self, size: int) -> memoryview:
+        return self._ring.buffer[self._used : self._used + size]
+
+    def _advance(self, size: int) -> None:
+        self._used += size
+        if self._used == self._ring.slot_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._used:
+            self._ring.send(self._used)
+            self._used = 0
+
+
+def _set_direct(fd: int, direct: bool) -> bool:
+    """Have a file read past the kernel's cache, which an emulated CPU fills slowly; whether that is so now."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))
+    except OSError:
+        return False
+    return direct
 
 
 def _add_tree(writer: Writer, root: int, found: os.stat_result) -> None:

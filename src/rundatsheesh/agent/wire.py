@@ -25,7 +25,7 @@ PROTOCOL = 1
 
 SYNC, HELLO, REQUEST_PART, REQUEST, REPLY, ERROR, DATA, WINDOW_MORE, END, CANCEL = range(1, 11)
 
-STDOUT, STDERR, RESULT, SCRIPT_ERROR, FILE = range(1, 6)  # stream numbers of DATA
+STDOUT, STDERR, RESULT, SCRIPT_ERROR, FILE, SLOT = range(1, 7)  # stream numbers of DATA
 
 MAX_PAYLOAD = 1 << 16
 MAX_CHUNK = MAX_PAYLOAD - 1  # of DATA, whose first byte is the stream

@@ -8,22 +8,22 @@ GuestError for everything else that the guest says went wrong.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rundatsheesh.agent import wire
 from rundatsheesh.manager.errors import (
-    GuestError,
     GuestMisbehaved,
-    GuestUnresponsive,
-    InvalidInput,
-    NotFound,
     RdsError,
-    TooLarge,
 )
-from rundatsheesh.manager.guest_channel import STALL, CallError, Channel, GuestCall, GuestGone, Stream
-from rundatsheesh.manager.guest_output import MAX_TEXT, Capture, UnusableValueError, Value, clean_text, parse_value
+from rundatsheesh.manager.guest_answers import SIMPLE_TIMEOUT, answer_of
+from rundatsheesh.manager.guest_channel import STALL, Channel, GuestCall, GuestGone, Stream
+from rundatsheesh.manager.guest_files import ChannelSender, Download, SlotSender
+from rundatsheesh.manager.guest_output import Capture, UnusableValueError, Value, parse_value
+from rundatsheesh.manager.guest_slots import WORTH_IT, Ring, TransferDisk, lent
 from rundatsheesh.manager.guest_values import CallResult, ExecRequest, Hello, Identity, ScriptRequest
 from rundatsheesh.manager.model import UploadManifest
 
@@ -39,26 +39,33 @@ __all__ = [
 ]
 
 ANSWER_GRACE = 20.0  # seconds after a command's deadline in which the guest must have killed it and answered
-SIMPLE_TIMEOUT = 20.0  # seconds for calls that run nothing of the user's
 KILLED = 137
+CLOCK_NS = 50_000_000  # by which a guest's clock may be behind
+CLOCK_ATTEMPTS = 20
 _MAX_INT = 1 << 53
 
 T = TypeVar("T")
 
 
 class Guest:
-    def __init__(self, channel: Channel, hello: Hello) -> None:
+    def __init__(self, channel: Channel, hello: Hello, disk: TransferDisk | None) -> None:
         self._channel = channel
+        self._disk = disk
+        if disk is not None:
+            channel.when_ended(disk.close)
         self.hello = hello
 
     @classmethod
-    async def connect(cls, stream: Stream, *, timeout: float) -> Guest:  # noqa: ASYNC109  (named in its error)
-        """Take over the stream, which may carry bytes of an earlier user. Closes it when it raises."""
+    async def connect(cls, stream: Stream, *, timeout: float, transfer_disk: Path | None = None) -> Guest:  # noqa: ASYNC109  (named in its error)
+        """Take over the stream, which may carry bytes of an earlier user. Closes it when it raises. `transfer_disk` is
+        the host's side of the disk through which the guest's files go in and out."""
         channel = Channel(stream)
         answer = await channel.open(timeout)
         try:
-            return cls(channel, _hello(answer))
-        except GuestMisbehaved:
+            hello = _hello(answer)
+            disk = TransferDisk(transfer_disk) if transfer_disk is not None and hello.transfer_disk else None
+            return cls(channel, hello, disk)
+        except BaseException:
             await channel.close()
             raise
 
@@ -86,6 +93,19 @@ class Guest:
             }
         )
         self.hello = replace(self.hello, boot_id=self._believed(lambda: _word(answer, "boot_id")))
+        if identity.time_ns is None:
+            await self._correct_clock(answer)
+
+    async def _correct_clock(self, answer: dict[str, Any]) -> None:
+        """Tell the time until it arrives while it is true: on a busy host a message may take seconds. How late it was
+        is at most what the guest's clock is behind when its answer is here. A guest that has the host's clock says
+        nothing of it."""
+        for _ in range(CLOCK_ATTEMPTS):
+            if "clock_ns" not in answer:
+                return
+            if time.time_ns() - self._believed(partial(_integer, answer["clock_ns"], 1 << 63)) < CLOCK_NS:
+                return
+            answer = await self._simple({"call": "clock", "time_ns": time.time_ns()})
 
     async def exec(self, request: ExecRequest) -> CallResult:
         """Run a shell command to its end or its deadline."""
@@ -116,24 +136,25 @@ class Guest:
             "table_bytes": manifest.table_bytes,
             "content_bytes": manifest.content_bytes,
         }
-        call = self._channel.call({"call": "upload", "dest": dest, **sizes}, _refuse_data)
-        try:
-            async for chunk in chunks:
-                if not await call.send(wire.FILE, chunk):
-                    break
-            call.finish_sending()
-            await _answer(call, STALL)
-        finally:
-            call.cancel()
+        request = {"call": "upload", "dest": dest, **sizes}
+        with lent(self._disk if manifest.stream_bytes >= WORTH_IT else None) as ring:
+            sender = ChannelSender() if ring is None else SlotSender(ring)
+            call = sender.call = self._call(request, sender.take, ring)
+            try:
+                await sender.send(chunks, manifest.table_bytes)
+                call.finish_sending()
+                await answer_of(call, STALL)
+            finally:
+                call.cancel()
 
     async def download(self, path: str) -> Download:
         """Start reading a directory or file as tar. Returns with the first bytes, so a wrong path raises now."""
-        download = Download()
-        download.call = self._channel.call({"call": "download", "path": path}, download.take)
+        download = Download(self._disk.lend() if self._disk is not None else None)
         try:
+            download.call = self._call({"call": "download", "path": path}, download.take, download.ring)
             await download.first()
         except BaseException:
-            download.call.cancel()
+            download.cancel()
             raise
         return download
 
@@ -149,7 +170,7 @@ class Guest:
                 else:
                     number, watch.latest = watch.latest, None
                     yield number
-            await _answer(call, SIMPLE_TIMEOUT)
+            await answer_of(call, SIMPLE_TIMEOUT)
             raise call.condemned("the guest ended a watch that nobody cancelled")
         finally:
             call.cancel()
@@ -162,15 +183,27 @@ class Guest:
         """Have the guest flush its disk and end. Returns when it has agreed; the channel's end follows."""
         await self._simple({"call": "shutdown"})
 
+    def _call(self, request: dict[str, Any], on_data: Callable[[int, bytes], None], ring: Ring | None) -> GuestCall:
+        """A call that may hold a ring until its end."""
+        if ring is None:
+            return self._channel.call(request, on_data)
+        try:
+            call = self._channel.call(request | ring.place, on_data)
+        except RdsError:
+            ring.release()
+            raise
+        call.when_ended(ring.release)
+        return call
+
     async def _simple(self, request: dict[str, Any], timeout: float = SIMPLE_TIMEOUT) -> dict[str, Any]:  # noqa: ASYNC109
-        return await _answer(self._channel.call(request, _refuse_data), timeout)
+        return await answer_of(self._channel.call(request, _refuse_data), timeout)
 
     async def _run(self, request: dict[str, Any], timeout_ms: int, max_output: int) -> CallResult:
         run = _Run(max_output)
         limits = {"timeout_ms": timeout_ms, "max_output": max_output}
         run.call = self._channel.call(request | limits, run.take)
         try:
-            answer = await _answer(run.call, timeout_ms / 1000 + ANSWER_GRACE)
+            answer = await answer_of(run.call, timeout_ms / 1000 + ANSWER_GRACE)
         except GuestGone as gone:
             gone.partial = run.partial()
             raise
@@ -247,43 +280,6 @@ class _Run:
         return int((time.monotonic() - self._started) * 1000)
 
 
-class Download:
-    """A tar archive on its way. Iterate `chunks` to its end or close that iterator; either ends the call."""
-
-    call: GuestCall
-
-    def __init__(self) -> None:
-        self._waiting = bytearray()
-
-    @property
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Raw tar bytes. Raises when the guest fails on the way: what was received is then incomplete."""
-        try:
-            while True:
-                while not self._waiting and not self.call.ended:
-                    await self.call.news()
-                if not self._waiting:
-                    break
-                chunk, self._waiting = bytes(self._waiting), bytearray()
-                yield chunk
-                self.call.consumed(len(chunk))
-            await _answer(self.call, SIMPLE_TIMEOUT)
-        finally:
-            self.call.cancel()
-
-    def take(self, stream: int, data: bytes) -> None:
-        if stream != wire.FILE:
-            raise GuestMisbehaved(f"data on stream {stream}")
-        self._waiting += data
-
-    async def first(self) -> None:
-        while not self._waiting and not self.call.ended:
-            await self.call.news()
-        if not self._waiting:
-            await _answer(self.call, SIMPLE_TIMEOUT)
-            raise self.call.condemned("an empty archive")
-
-
 class _Watch:
     """The latest number that arrived."""
 
@@ -304,50 +300,11 @@ class _Watch:
         self.call.consumed(len(data))
 
 
-# Codes of the agent that reach the caller: class and the code of the wire.
-_CODES: Mapping[str, type[RdsError]] = {
-    "path_not_found": NotFound,
-    "path_outside_workspace": InvalidInput,
-    "path_conflict": InvalidInput,
-    "path_too_long": InvalidInput,
-    "path_unreadable": InvalidInput,
-    "path_unwritable": InvalidInput,
-    "invalid_input": InvalidInput,
-    "workspace_full": TooLarge,
-    "guest_overloaded": GuestUnresponsive,
-    "interpreter_missing": GuestError,
-}
-
-
-async def _answer(call: GuestCall, timeout: float) -> dict[str, Any]:  # noqa: ASYNC109
-    """The call's answer, or the error of ours that the guest's error is."""
-    try:
-        return await call.result(timeout)
-    except CallError as refused:
-        error = _translate(refused.answer)
-        raise (error if error is not None else call.condemned("an error without a code or a message")) from None
-
-
-def _translate(answer: dict[str, Any]) -> RdsError | None:
-    """None for an error that is none."""
-    code, message, details = answer.get("code"), answer.get("message"), answer.get("details")
-    if not isinstance(code, str) or not isinstance(message, str) or not isinstance(details, dict):
-        return None
-    kind = _CODES.get(code)
-    text = clean_text(message[:MAX_TEXT])
-    if kind is None:
-        return GuestError(text)
-    return kind(text, code=code, details={clean_text(k)[:100]: v for k, v in details.items() if _is_scalar(v)})
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int) or (isinstance(value, str) and clean_text(value) == value)
-
-
 def _hello(answer: dict[str, Any]) -> Hello:
     if answer.get("protocol") != wire.PROTOCOL:
         raise GuestMisbehaved(f"the agent does not speak protocol {wire.PROTOCOL}")
-    return Hello(_word(answer, "agent_version"), _word(answer, "boot_id"), _word(answer, "engine"))
+    disk = answer.get("transfer_disk") is True  # earlier agents say nothing of it
+    return Hello(_word(answer, "agent_version"), _word(answer, "boot_id"), _word(answer, "engine"), disk)
 
 
 def _word(answer: dict[str, Any], name: str) -> str:

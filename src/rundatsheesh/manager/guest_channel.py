@@ -104,6 +104,10 @@ class GuestCall:
         except TimeoutError:
             raise GuestUnresponsive(f"no progress for {stall:g} seconds") from None
 
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Have it called once the guest has ended the call, or the stream has: nothing of the call is at work then."""
+        self._final.add_done_callback(lambda _: callback())
+
     def cancel(self) -> None:
         """Nobody waits any more. What still arrives is dropped, and nothing more is granted. Idempotent."""
         if not self.ended and not self._abandoned:
@@ -144,6 +148,7 @@ class Channel:
         self._failure: RdsError | None = None
         self._ended = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._on_end: Callable[[], None] = lambda: None
 
     async def open(self, timeout: float) -> dict[str, Any]:  # noqa: ASYNC109
         """Greet the guest, skip what the stream still carries of others; the guest's greeting. On failure the
@@ -206,6 +211,12 @@ class Channel:
         except OSError:
             return  # reading tells the calls
 
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Have it called at once when the stream ends, or now where it has."""
+        self._on_end = callback
+        if self._failure is not None:
+            callback()
+
     def condemn(self, error: GuestMisbehaved) -> None:
         """End the stream and all its calls because of what the guest said."""
         self._fail(error)
@@ -264,6 +275,7 @@ class Channel:
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.fail(self._copy_of_failure())
+        self._on_end()
         self._ended.set()
 
     def _copy_of_failure(self) -> RdsError:

@@ -16,6 +16,7 @@ class Hello:
     agent_version: str
     boot_id: str  # new at each boot, and after `configure` gave one
     engine: str
+    transfer_disk: bool = False  # whether it can use one
 
 
 @dataclass(frozen=True, slots=True)

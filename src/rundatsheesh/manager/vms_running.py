@@ -59,9 +59,13 @@ class RunningVm:
 
     @classmethod
     async def open(cls, record: VmRecord, engine: Engine, machine: Machine, on_end: OnEnd, timeout: float) -> RunningVm:  # noqa: ASYNC109
-        """Connect to the agent. Raises EngineError, GuestUnresponsive or GuestMisbehaved; the machine is then as it
-        was."""
-        guest = await Guest.connect(await machine.connect(), timeout=timeout)
+        """Connect to the agent. Raises EngineError, which says why where the machine has ended, GuestGone,
+        GuestUnresponsive or GuestMisbehaved; the machine is then as it was."""
+        stream = await machine.connect()
+        try:
+            guest = await Guest.connect(stream, timeout=timeout, transfer_disk=machine.transfer_disk)
+        except GuestGone as gone:
+            raise await _why_gone(machine, gone) from gone
         return cls(record, engine, machine, guest, on_end)
 
     @property
@@ -250,6 +254,20 @@ class RunningVm:
             await self._guest.close()
         except GuestError as error:
             log.info("%s: %s", self.record.id, error)
+
+
+async def _why_gone(machine: Machine, gone: GuestGone) -> RdsError:
+    """What ended the machine, where it has ended; the channel's own error where it runs on."""
+    try:
+        async with asyncio.timeout(END_TIMEOUT):
+            ended = await machine.wait()
+    except TimeoutError:
+        return gone
+    status = "" if ended.status is None else f", exit status {ended.status}"
+    log.warning("a machine ended before its agent answered: %s%s: %s", ended.reason, status, ended.evidence[-500:])
+    return EngineError(
+        f"the machine ended before its agent answered: {ended.reason}{status}", details={"log": ended.evidence}
+    )
 
 
 def _channel_verdict(error: RdsError | None) -> str:

@@ -56,6 +56,11 @@ class VmFiles:
 class Machine(Protocol):
     """A running guest."""
 
+    @property
+    def transfer_disk(self) -> Path | None:
+        """The file of a disk through which content passes to and from the guest's agent (manager/guest_slots.py); None
+        where the channel alone is fast enough."""
+
     async def connect(self) -> Stream:
         """Open a byte stream to the agent. Waits for the agent to listen; raises EngineError when the guest ended."""
 

@@ -35,6 +35,10 @@ class GVisorMachine:
         self._freezing = asyncio.Lock()
         self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
 
+    @property
+    def transfer_disk(self) -> None:
+        return None
+
     async def connect(self) -> Stream:
         try:
             return await gvisor_channel.connect(self._sandbox.socket, self.wait, CONNECT_TIMEOUT)

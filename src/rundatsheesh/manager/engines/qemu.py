@@ -36,7 +36,9 @@ from rundatsheesh.manager.model import Isolation, Slot, VmRecord
 FIRST_UID = 1_900_000_000
 PIDS_MAX = 128  # QEMU's threads: one per CPU, and up to 64 that wait for the disk
 # QEMU's own memory on top of the guest's: 35 MiB, and what translated code takes where the CPU is emulated.
-OVERHEAD_MB = {Accelerator.KVM: 96, Accelerator.TCG: 96 + 2 * qemu_args.TRANSLATION_MB}
+# The transfer disk is in memory, too.
+_OWN_MB = 96 + (qemu_files.TRANSFER_BYTES >> 20)
+OVERHEAD_MB = {Accelerator.KVM: _OWN_MB, Accelerator.TCG: _OWN_MB + 2 * qemu_args.TRANSLATION_MB}
 BOOT_TIMEOUT = 120.0  # seconds; 3 on an idle host, and many may boot at once
 START_TIMEOUT = 60.0  # for QEMU to be up, or a clone to have its state; a tenth of a second on an idle host
 NEEDED = (qemu_args.PROGRAM, "nsenter", "unshare")
@@ -205,6 +207,7 @@ class Qemu:
                 qmp=held.enter_context(qemu_files.listening(machine.qmp)),
                 agent=held.enter_context(qemu_files.listening(machine.agent)),
                 network=network,
+                transfer=held.enter_context(qemu_files.opened(machine.transfer, os.O_RDWR)),
                 workspace=disk,
             )
             kvm_user = user if hardware.accelerator is Accelerator.KVM else None

@@ -18,8 +18,8 @@ EMULATED_CPU = "Nehalem-v1,+arat"
 # QEMU would take a quarter of the guest's memory for translated code; 64 MiB hold what a busy interpreter needs.
 TRANSLATION_MB = 64
 
-# Found through ACPI. The kernel probes from the highest bus down, so that gives /dev/vport0p1, /dev/vda and /dev/vdb.
-AGENT_BUS, ROOT_BUS, WORKSPACE_BUS, NETWORK_BUS, ENTROPY_BUS = 7, 6, 5, 4, 3
+# Found through ACPI. The kernel probes from the highest bus down, so that gives /dev/vport0p1, /dev/vda, vdb and vdc.
+AGENT_BUS, ROOT_BUS, WORKSPACE_BUS, TRANSFER_BUS, NETWORK_BUS, ENTROPY_BUS = 7, 6, 5, 4, 3, 2
 
 # As large as a disk can be: the template sees this size, its clones mount whatever file system is on their own disk.
 PLACEHOLDER_BYTES = 1 << 46
@@ -53,10 +53,11 @@ class Descriptors:
     qmp: int  # listening sockets
     agent: int
     network: int  # a tap
+    transfer: int  # read and write: a disk for what is on its way
     workspace: int | None  # read and write; None is a disk that is always empty, for a template
 
     def all(self) -> tuple[int, ...]:
-        numbers = (self.memory, self.root, self.console, self.qmp, self.agent, self.network)
+        numbers = (self.memory, self.root, self.console, self.qmp, self.agent, self.network, self.transfer)
         return numbers if self.workspace is None else (*numbers, self.workspace)
 
 
@@ -145,7 +146,13 @@ def _disks(files: Descriptors) -> list[str]:
     else:
         arguments += _add_file(files.workspace, 2)
         node = "driver=file,node-name=workspace,filename=/dev/fdset/2,discard=unmap"
-    return [*arguments, "-blockdev", node, "-device", f"virtio-blk-device,drive=workspace,{_bus(WORKSPACE_BUS)}"]
+    return [
+        *arguments,
+        *("-blockdev", node, "-device", f"virtio-blk-device,drive=workspace,{_bus(WORKSPACE_BUS)}"),
+        *_add_file(files.transfer, 4),
+        *("-blockdev", "driver=file,node-name=transfer,filename=/dev/fdset/4"),
+        *("-device", f"virtio-blk-device,drive=transfer,{_bus(TRANSFER_BUS)}"),
+    ]
 
 
 def _channels(files: Descriptors) -> list[str]:

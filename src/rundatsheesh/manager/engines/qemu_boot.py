@@ -71,7 +71,7 @@ def cpu_model() -> str:
 
 def _entries(directory: Path) -> Iterator[cpio.Entry]:
     """Everything in the package but what Python leaves behind, below `agent`, in a fixed order."""
-    yield cpio.directory("agent")
+    yield cpio.directory("agent", 0o700)  # nothing in it is for the user
     for parent, names, files in os.walk(directory):
         names.sort()
         place = Path("agent", Path(parent).relative_to(directory))

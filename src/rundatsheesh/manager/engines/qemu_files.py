@@ -6,6 +6,7 @@
 ├── agent.sock         the host's end of the agent's port, likewise
 ├── console.log        the guest's serial console; STORAGE_ROOT links to it while the guest runs
 ├── engine.log         what QEMU says
+├── transfer/disk      content on its way, a disk of the guest: in a tmpfs of its own, of which logs take no room
 └── root/              root of QEMU's mount namespace: its program, libraries, firmware and /proc
 """
 
@@ -33,6 +34,8 @@ from rundatsheesh.manager.host.process import ProcessRef
 # Devices are made in it, so not NODEV; nobody but root can reach it, and QEMU can write to none of it.
 TMPFS_FLAGS = Flag.NOSUID | Flag.NOEXEC
 TMPFS_OPTIONS = "size=2m,nr_inodes=256,mode=0700"
+TRANSFER_BYTES = 16 << 20  # four transfers at once, see manager/guest_slots.py; others take the channel
+TRANSFER_OPTIONS = f"size={TRANSFER_BYTES},nr_inodes=4,mode=0700"
 BACKLOG = 4
 UNMOUNT_TIMEOUT = 10.0  # seconds
 FIRMWARE = "usr/share/qemu"
@@ -72,6 +75,10 @@ class MachineFiles:
         return self.runtime / "proc"
 
     @property
+    def transfer(self) -> Path:
+        return self.runtime / "transfer/disk"
+
+    @property
     def process(self) -> Path:
         return self.runtime / "machine.json"
 
@@ -84,6 +91,10 @@ def prepare(files: VmFiles) -> None:
     for kept, live in _logs(files):
         logs.open_log(kept, live)
     machine.root.mkdir(mode=0o755)
+    machine.transfer.parent.mkdir(mode=0o700)
+    mounts.mount("rundatsheesh", machine.transfer.parent, "tmpfs", TMPFS_FLAGS, TRANSFER_OPTIONS)
+    with open(machine.transfer, "xb") as disk:
+        disk.truncate(TRANSFER_BYTES)
 
 
 def private_tree(files: VmFiles, program: Path, kvm_user: int | None) -> int:
@@ -126,6 +137,7 @@ def remove(files: VmFiles) -> None:
         for kept, live in _logs(files):
             logs.settle_log(kept, live)
     mounts.unmount(MachineFiles(files.runtime).proc)  # where a manager died while it made the tree
+    _unmount(MachineFiles(files.runtime).transfer.parent)  # its host's end may be open for a moment longer than QEMU's
     _unmount(files.runtime)
     if files.runtime.is_dir():
         shutil.rmtree(files.runtime)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 
 from rundatsheesh.manager.engines import qemu_files
 from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
@@ -32,6 +33,11 @@ class QemuMachine:
         self._stopping = False
         self._freezing = asyncio.Lock()
         self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
+
+    @property
+    def transfer_disk(self) -> Path | None:
+        disk = MachineFiles(self._files.runtime).transfer
+        return disk if disk.exists() else None  # machines of earlier managers have none
 
     async def connect(self) -> Stream:
         """As promised by Machine, but the stream is there before the agent is: what is sent waits for it."""
