@@ -278,25 +278,31 @@ class ProcessRef:
         return None
 
 
+_READ_BYTES = 1 << 16
+
+
 class _OverflowError(Exception):
     pass
 
 
-class _Collector(asyncio.Protocol):
-    """Reads one pipe to its end, keeping at most `limit` bytes."""
+class _Collector:
+    """Reads one pipe to its end, keeping at most `limit` bytes.
+
+    Not through the event loop's pipe transport: uvloop's closes the descriptor twice, and between the two a thread may
+    have been given the same number for a file of its own.
+    """
 
     def __init__(self, source: IO[bytes], limit: int, *, keep_tail: bool) -> None:
         self._source = source
         self._limit = limit
         self._keep_tail = keep_tail
         self._kept = bytearray()
-        self._transport: asyncio.BaseTransport | None = None
-        self._end: asyncio.Future[None] | None = None
 
     @classmethod
     def pipe(cls, limit: int, *, keep_tail: bool) -> tuple[_Collector, IO[bytes]]:
         """A collector and the writing end of its pipe."""
         reading, writing = os.pipe()
+        os.set_blocking(reading, False)
         return cls(os.fdopen(reading, "rb", 0), limit, keep_tail=keep_tail), os.fdopen(writing, "wb", 0)
 
     @property
@@ -306,29 +312,35 @@ class _Collector(asyncio.Protocol):
     async def collect(self) -> None:
         """Return at end of file; raises _OverflowError over the limit unless only the tail is wanted."""
         loop = asyncio.get_running_loop()
-        self._end = loop.create_future()
-        self._transport, _ = await loop.connect_read_pipe(lambda: self, self._source)
-        await self._end
+        end: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._source.fileno(), self._read, end)
+        try:
+            await end
+        finally:
+            loop.remove_reader(self._source.fileno())
 
-    def data_received(self, data: bytes) -> None:
-        self._kept += data
-        if len(self._kept) <= self._limit:
+    def _read(self, end: asyncio.Future[None]) -> None:
+        if end.done():
             return
-        if self._keep_tail:
-            del self._kept[: -self._limit]
-        elif self._end is not None and not self._end.done():
-            self._end.set_exception(_OverflowError())
-            self.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._end is not None and not self._end.done():
-            self._end.set_result(None) if exc is None else self._end.set_exception(exc)
+        try:
+            data = os.read(self._source.fileno(), _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            end.set_exception(error)
+            return
+        if not data:
+            end.set_result(None)
+            return
+        self._kept += data
+        if len(self._kept) > self._limit:
+            if self._keep_tail:
+                del self._kept[: -self._limit]
+            else:
+                end.set_exception(_OverflowError())
 
     def close(self) -> None:
-        if self._transport is None:
-            self._source.close()
-        else:
-            self._transport.close()
+        self._source.close()
 
 
 @contextlib.asynccontextmanager
