@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.host.output import Collector, OutputOverflow
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ async def run(
     cannot start and, with `check`, for an exit status other than 0. After any exception, cancellation too, the process
     group has been killed and the child is reaped.
     """
-    stdout, stdout_end = _Collector.pipe(limit, keep_tail=False)
-    stderr, stderr_end = _Collector.pipe(limit, keep_tail=True)
+    stdout, stdout_end = Collector.pipe(limit, keep_tail=False)
+    stderr, stderr_end = Collector.pipe(limit, keep_tail=True)
     try:
         with stdout_end, stderr_end, _stdin_of(input) as stdin:
             child = start(
@@ -99,7 +100,7 @@ async def run(
                 await asyncio.gather(stdout.collect(), stderr.collect(), child.exited())
     except TimeoutError:
         raise ProcessTimeoutError(f"no end after {timeout:g} s", argv, None, stdout.kept + stderr.kept) from None
-    except _OverflowError:
+    except OutputOverflow:
         raise ProcessError(f"more than {limit} bytes of output", argv, None, stderr.kept) from None
     finally:
         stdout.close()
@@ -276,71 +277,6 @@ class ProcessRef:
             return pidfd
         os.close(pidfd)
         return None
-
-
-_READ_BYTES = 1 << 16
-
-
-class _OverflowError(Exception):
-    pass
-
-
-class _Collector:
-    """Reads one pipe to its end, keeping at most `limit` bytes.
-
-    Not through the event loop's pipe transport: uvloop's closes the descriptor twice, and between the two a thread may
-    have been given the same number for a file of its own.
-    """
-
-    def __init__(self, source: IO[bytes], limit: int, *, keep_tail: bool) -> None:
-        self._source = source
-        self._limit = limit
-        self._keep_tail = keep_tail
-        self._kept = bytearray()
-
-    @classmethod
-    def pipe(cls, limit: int, *, keep_tail: bool) -> tuple[_Collector, IO[bytes]]:
-        """A collector and the writing end of its pipe."""
-        reading, writing = os.pipe()
-        os.set_blocking(reading, False)
-        return cls(os.fdopen(reading, "rb", 0), limit, keep_tail=keep_tail), os.fdopen(writing, "wb", 0)
-
-    @property
-    def kept(self) -> bytes:
-        return bytes(self._kept)
-
-    async def collect(self) -> None:
-        """Return at end of file; raises _OverflowError over the limit unless only the tail is wanted."""
-        loop = asyncio.get_running_loop()
-        end: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._source.fileno(), self._read, end)
-        try:
-            await end
-        finally:
-            loop.remove_reader(self._source.fileno())
-
-    def _read(self, end: asyncio.Future[None]) -> None:
-        if end.done():
-            return
-        try:
-            data = os.read(self._source.fileno(), _READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            end.set_exception(error)
-            return
-        if not data:
-            end.set_result(None)
-            return
-        self._kept += data
-        if len(self._kept) > self._limit:
-            if self._keep_tail:
-                del self._kept[: -self._limit]
-            else:
-                end.set_exception(_OverflowError())
-
-    def close(self) -> None:
-        self._source.close()
 
 
 @contextlib.asynccontextmanager
