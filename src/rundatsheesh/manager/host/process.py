@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.host.output import Collector, OutputOverflow
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ async def run(
     cannot start and, with `check`, for an exit status other than 0. After any exception, cancellation too, the process
     group has been killed and the child is reaped.
     """
-    stdout, stdout_end = _Collector.pipe(limit, keep_tail=False)
-    stderr, stderr_end = _Collector.pipe(limit, keep_tail=True)
+    stdout, stdout_end = Collector.pipe(limit, keep_tail=False)
+    stderr, stderr_end = Collector.pipe(limit, keep_tail=True)
     try:
         with stdout_end, stderr_end, _stdin_of(input) as stdin:
             child = start(
@@ -99,7 +100,7 @@ async def run(
                 await asyncio.gather(stdout.collect(), stderr.collect(), child.exited())
     except TimeoutError:
         raise ProcessTimeoutError(f"no end after {timeout:g} s", argv, None, stdout.kept + stderr.kept) from None
-    except _OverflowError:
+    except OutputOverflow:
         raise ProcessError(f"more than {limit} bytes of output", argv, None, stderr.kept) from None
     finally:
         stdout.close()
@@ -276,59 +277,6 @@ class ProcessRef:
             return pidfd
         os.close(pidfd)
         return None
-
-
-class _OverflowError(Exception):
-    pass
-
-
-class _Collector(asyncio.Protocol):
-    """Reads one pipe to its end, keeping at most `limit` bytes."""
-
-    def __init__(self, source: IO[bytes], limit: int, *, keep_tail: bool) -> None:
-        self._source = source
-        self._limit = limit
-        self._keep_tail = keep_tail
-        self._kept = bytearray()
-        self._transport: asyncio.BaseTransport | None = None
-        self._end: asyncio.Future[None] | None = None
-
-    @classmethod
-    def pipe(cls, limit: int, *, keep_tail: bool) -> tuple[_Collector, IO[bytes]]:
-        """A collector and the writing end of its pipe."""
-        reading, writing = os.pipe()
-        return cls(os.fdopen(reading, "rb", 0), limit, keep_tail=keep_tail), os.fdopen(writing, "wb", 0)
-
-    @property
-    def kept(self) -> bytes:
-        return bytes(self._kept)
-
-    async def collect(self) -> None:
-        """Return at end of file; raises _OverflowError over the limit unless only the tail is wanted."""
-        loop = asyncio.get_running_loop()
-        self._end = loop.create_future()
-        self._transport, _ = await loop.connect_read_pipe(lambda: self, self._source)
-        await self._end
-
-    def data_received(self, data: bytes) -> None:
-        self._kept += data
-        if len(self._kept) <= self._limit:
-            return
-        if self._keep_tail:
-            del self._kept[: -self._limit]
-        elif self._end is not None and not self._end.done():
-            self._end.set_exception(_OverflowError())
-            self.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._end is not None and not self._end.done():
-            self._end.set_result(None) if exc is None else self._end.set_exception(exc)
-
-    def close(self) -> None:
-        if self._transport is None:
-            self._source.close()
-        else:
-            self._transport.close()
 
 
 @contextlib.asynccontextmanager
