@@ -50,7 +50,7 @@ async def test_the_agents_own_end_is_told_with_its_status(lab: Lab) -> None:
     "hog",
     [
         "python3 -c 'bytes(1 << 30)'; python3 -c 'x = b\"x\" * (1 << 30)'",
-        "for d in /tmp /var/tmp /dev/shm; do cat /dev/zero > $d/file; done; python3 -c 'x = b\"x\" * (200 << 20)'",
+        "for d in /tmp /var/tmp /dev/shm; do cat /dev/zero > $d/file; done; python3 -c 'x = b\"x\" * (1 << 30)'",
     ],
     ids=["process", "temporary files"],
 )
