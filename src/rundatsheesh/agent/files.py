@@ -9,26 +9,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import stat
 import struct
 
+from .incoming import BLOCK, PipeReader, SlotReader
 from .job import CallFailed
 from .paths import WORKSPACE, canonical
-from .slots import SECTOR, Ring
 from .tar import download
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .incoming import Reader
+
 __all__ = ["download", "upload"]
 
 RECORD = struct.Struct(">cHHQq")
 PATH_MAX = 4096  # of the kernel, with the NUL at its end
-_BLOCK = 4096  # of the workspace's file system: what even a small file takes
-_BUFFER = 1 << 18
+_A_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECT_FROM = 1 << 20  # bytes from which a file is worth a path of its own to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHANGED = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST)
@@ -76,85 +76,6 @@ def parse_table(table: bytes) -> list[Entry]:
     return entries
 
 
-class Reader:
-    """The incoming bytes, read ahead in large pieces."""
-
-    def __init__(self, aligned_bytes: int) -> None:
-        self._ready = memoryview(b"")
-        self._aligned_bytes = aligned_bytes
-        self._aligned: memoryview | None = None
-
-    def some(self, limit: int) -> memoryview:
-        """1 to `limit` bytes, valid until the next call."""
-        if not self._ready:
-            self._ready = self._read()
-            if not self._ready:
-                raise CallFailed("upload_incomplete", "the upload ended before its announced length")
-        piece = self._ready[:limit]
-        self._ready = self._ready[limit:]
-        return piece
-
-    def exactly(self, size: int) -> bytes:
-        collected = bytearray()
-        while len(collected) < size:
-            collected += self.some(size - len(collected))
-        return bytes(collected)
-
-    def blocks(self, limit: int) -> memoryview:
-        """Whole blocks, at an address that fits a transfer past the kernel's cache, `limit` bytes (whole blocks) at
-        most; valid until the next call."""
-        if self._aligned is None:
-            self._aligned = memoryview(mmap.mmap(-1, self._aligned_bytes))
-        wanted = view = self._aligned[:limit]
-        while view:
-            view = view[self._fill(view) :]
-        return wanted
-
-    def _fill(self, view: memoryview) -> int:
-        """Put the next bytes there, as many as come at once."""
-        piece = self.some(len(view))
-        view[: len(piece)] = piece
-        return len(piece)
-
-    def _read(self) -> memoryview:
-        """The next piece; empty at the end."""
-        raise NotImplementedError
-
-
-class PipeReader(Reader):
-    def __init__(self, source: int) -> None:
-        super().__init__(_BUFFER)
-        self._source = source
-        self._buffer = memoryview(bytearray(_BUFFER))
-
-    def _read(self) -> memoryview:
-        return self._buffer[: os.readv(self._source, [self._buffer])]
-
-    def _fill(self, view: memoryview) -> int:
-        """What was not read ahead arrives there without another copy."""
-        return (not self._ready and os.readv(self._source, [view])) or super()._fill(view)
-
-
-class SlotReader(Reader):
-    def __init__(self, place: dict[str, Any]) -> None:
-        self._ring = Ring(place)
-        super().__init__(self._ring.slot_bytes)
-        self._size = 0  # of what is in the ring's buffer
-        self._ring.give_out()
-
-    def blocks(self, limit: int) -> memoryview:
-        """Out of the slot itself, where they begin at an address that fits."""
-        whole = min(limit, len(self._ready) // _BLOCK * _BLOCK)
-        if whole and (self._size - len(self._ready)) % SECTOR == 0:
-            return self.some(whole)
-        return super().blocks(limit)
-
-    def _read(self) -> memoryview:
-        received = self._ring.receive()
-        self._size = len(received)
-        return received
-
-
 class Upload:
     """One upload: first everything is looked at, then everything is written."""
 
@@ -164,6 +85,7 @@ class Upload:
         self._entries = entries
         # Directory of the archive → its real path, and whether it has to be made. The empty name is dest.
         self._directories: dict[bytes, tuple[bytes, bool]] = {}
+        self._entered: tuple[bytes, int] | None = None  # the directory being worked in, and its descriptor
         self._made: dict[bytes, bytes] = {}  # those that we made, parents first, and their real paths
         # Unlike any name in use, so that a file of the user is never taken for our temporary one.
         self._temporary = b".rds-upload-" + os.urandom(8).hex().encode()
@@ -185,8 +107,13 @@ class Upload:
         for name, path in reversed(self._made.items()):
             entry = named.get(name)
             if entry is not None:
-                os.chmod(path, entry.mode)
-                os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
+                above, last = os.path.split(path)
+                fd = os.open(last, os.O_RDONLY | _A_DIRECTORY, dir_fd=self._enter(above))
+                try:
+                    os.fchmod(fd, entry.mode)
+                    os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+                finally:
+                    os.close(fd)
 
     def _resolve_dest(self, dest: bytes) -> bytes:
         """Step by step, for no part of the way may leave the workspace, even where the rest leads back."""
@@ -211,9 +138,9 @@ class Upload:
                 self._look_at_directory(entry.path)
             else:
                 self._look_at_file(entry)
-                needed += -(-entry.size // _BLOCK) * _BLOCK
+                needed += -(-entry.size // BLOCK) * BLOCK
         missing = sum(missing for _, missing in self._directories.values())
-        self._check_space(needed + missing * _BLOCK, missing + len(self._entries))
+        self._check_space(needed + missing * BLOCK, missing + len(self._entries))
 
     def _look_at_dest(self) -> None:
         place = self._dest
@@ -274,16 +201,41 @@ class Upload:
         if not missing:
             return path
         if not name:
-            os.makedirs(path, 0o755, exist_ok=True)
-            self._directories[name] = (path, False)
+            self._make_dest(path)
             return path
         for above in self._missing_above(name):
             real = self._directories[above][0]
-            with contextlib.suppress(FileExistsError):  # it has come since we looked; what it is shows when it is used
-                os.mkdir(real, 0o755)
+            self._make(real)
             self._directories[above] = (real, False)
             self._made[above] = real
         return path
+
+    def _make_dest(self, path: bytes) -> None:
+        missing = [path]
+        while _lstat(os.path.dirname(missing[-1])) is None:
+            missing.append(os.path.dirname(missing[-1]))
+        for real in reversed(missing):
+            self._make(real)
+        self._directories[b""] = (path, False)
+
+    def _make(self, real: bytes) -> None:
+        above, last = os.path.split(real)
+        with contextlib.suppress(FileExistsError):  # it has come since we looked; what it is shows when it is entered
+            os.mkdir(last, 0o755, dir_fd=self._enter(above))
+
+    def _enter(self, real: bytes) -> int:
+        """A descriptor of the directory, to work in: what is at its path may be something else at the next moment.
+        It is ours until the next call. Raises CallFailed where the path leads out of the workspace by now."""
+        if self._entered is None or self._entered[0] != real:
+            fd = os.open(real, os.O_PATH | _A_DIRECTORY)
+            if self._entered is not None:
+                os.close(self._entered[1])
+            self._entered = real, fd
+            if not self._is_inside(os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))):
+                self._entered = None
+                os.close(fd)
+                raise CallFailed("path_outside_workspace", f"{_show(real)} has become a link that leaves {WORKSPACE}")
+        return self._entered[1]
 
     def _missing_above(self, name: bytes) -> list[bytes]:
         """The name and those above it that have to be made, topmost first."""
@@ -295,28 +247,26 @@ class Upload:
 
     def _write_file(self, entry: Entry, reader: Reader) -> None:
         parent, _, last = entry.path.rpartition(b"/")
-        directory = self._make_directory(parent)
-        path = directory + b"/" + last
+        place = self._enter(self._make_directory(parent))
         if not entry.replaces:
             try:
-                _write_new(path, entry, reader)
+                _write_new(place, last, entry, reader)
                 return
             except FileExistsError:  # it has come since we looked
                 pass
         # Who has the old one open keeps it, nobody sees half of the new one, and no link is followed.
-        temporary = directory + b"/" + self._temporary
         try:
-            _write_new(temporary, entry, reader)
-            os.rename(temporary, path)
+            _write_new(place, self._temporary, entry, reader)
+            os.rename(self._temporary, last, src_dir_fd=place, dst_dir_fd=place)
         except BaseException:
-            if _lstat(temporary) is not None:
-                os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary, dir_fd=place)
             raise
 
 
-def _write_new(path: bytes, entry: Entry, reader: Reader) -> None:
-    """FileExistsError when the name is taken, before anything is read."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, entry.mode)
+def _write_new(place: int, name: bytes, entry: Entry, reader: Reader) -> None:
+    """FileExistsError when the name is taken, before anything is read. `place` is the directory's descriptor."""
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, entry.mode, dir_fd=place)
     try:
         left = entry.size - (_write_direct(fd, entry.size, reader) if entry.size >= _DIRECT_FROM else 0)
         while left:
@@ -337,7 +287,7 @@ def _write_direct(fd: int, size: int, reader: Reader) -> int:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
     except OSError:
         return 0
-    whole = size - size % _BLOCK
+    whole = size - size % BLOCK
     written = 0
     while written < whole:
         piece = reader.blocks(whole - written)

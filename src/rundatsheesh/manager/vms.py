@@ -152,8 +152,7 @@ class Vms:
     async def bring_up(self, record: VmRecord) -> VmRecord:
         """From CREATING to RUNNING."""
         async with self.locks.hold(record.id):
-            await self._host.make_disk(record)
-            return await self._boot(record, State.CREATING, State.RUNNING)
+            return await self._boot(record, State.CREATING, State.RUNNING, is_new=True)
 
     # --- ahead of demand ---
 
@@ -163,8 +162,7 @@ class Vms:
         record = await self._reserve(spec, engine, MANAGER, State.WARM, self._settings.warm_pool_max_vms)
         try:
             async with self.locks.hold(record.id):
-                await self._host.make_disk(record)
-                warm = await self._boot(record, State.WARM, State.WARM)
+                warm = await self._boot(record, State.WARM, State.WARM, is_new=True)
                 await self._host.rehearse(self.running_vms[record.id])
                 return warm
         except BaseException:
@@ -259,8 +257,10 @@ class Vms:
         await self._host.release(record)
         await self._store.delete(record.id)
 
-    async def _boot(self, record: VmRecord, from_: State, to: State) -> VmRecord:
+    async def _boot(self, record: VmRecord, from_: State, to: State, *, is_new: bool = False) -> VmRecord:
         async with self._boots:
+            if is_new:
+                await self._host.make_disk(record)
             vm = await self._host.boot(record, self.ended)
         try:
             moved = await self._store.move(
