@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 AS_ROOT := scripts/as-root.sh
 BOOTSTRAP := scripts/bootstrap.sh
 # Two at once are what two cores can do; tests/conftest.py says which tests never run beside each other.
-AT_ONCE := -n 2 --dist loadgroup --no-loadscope-reorder
+AT_ONCE := -n 2 --no-loadscope-reorder
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile

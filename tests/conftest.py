@@ -6,9 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from server_support import ENGINES, Dns, Server, new_server
 
@@ -26,15 +28,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_engine: runs on each engine even when no --engine is given")
-    config.addinivalue_line("markers", "xdist_group: what runs one after the other")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: who shares something runs one after the other, the longest groups begin."""
     items.sort(key=lambda item: _ORDER.get(item.path.parent.name, 0))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)  # of the plugin that runs several at once
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Groups(config, log)
+
+
+class Groups(LoadScopeScheduling):
+    """Who shares something runs one after the other; the longest groups begin."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(Path(nodeid.split("::")[0]))
 
 
 _ORDER = {"contract": -3, "docs": -2, "vm": -1}  # the others follow in the order in which they were found
