@@ -46,12 +46,13 @@ class Groups(LoadScopeScheduling):
         return _group(Path(nodeid.split("::")[0]))
 
 
+_ON_THEIR_OWN = ("test_hostile", "test_restart", "test_service", "test_tls", "test_settings", "test_pool")
 _ORDER = {"contract": -3, "docs": -2, "vm": -1}  # the others follow in the order in which they were found
 
 
 def _group(path: Path) -> str:
     kind, name = path.parent.name, path.stem
-    if kind in ("contract", "docs"):
+    if kind in ("contract", "docs") and name not in _ON_THEIR_OWN:
         return "http"  # one server, and what it keeps ready to make VMs from
     if kind == "host" and name.startswith(("test_agent_", "test_files_", "test_scripts_")):
         return "user"  # natively they are the same user of the host, whose processes are limited

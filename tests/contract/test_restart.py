@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -25,15 +25,22 @@ def mortal(directory: Path, dns: Dns) -> Iterator[Server]:
 
 
 @pytest.mark.every_engine
-@pytest.mark.parametrize("end", ["kill", "stop"])
-def test_vms_are_adopted(mortal: Server, engine: str, end: str) -> None:
+def test_vms_are_adopted_after_a_crash(mortal: Server, engine: str) -> None:
+    assert_adopted(mortal, engine, mortal.kill)
+
+
+def test_vms_are_adopted_after_a_stop(mortal: Server, engine: str) -> None:
+    assert_adopted(mortal, engine, mortal.stop)
+
+
+def assert_adopted(mortal: Server, engine: str, end: Callable[[], object]) -> None:
     box, stopped = mortal.create(engine, allowIps=["172.16.0.1"], outboundInternet=True), mortal.create(engine)
     try:
         assert stopped.post("stop").status_code == 204
         box.output(f"nohup bash -c '{TICKER}' >/dev/null 2>&1 & echo $! > pid")
         box.output("while [ ! -e tick ]; do sleep 0.1; done")
         before, pid = box.look(), box.output("cat pid")
-        mortal.kill() if end == "kill" else mortal.stop()
+        end()
         mortal.start()
         after = box.look()
         assert after == before, "the same VM, the same boot"

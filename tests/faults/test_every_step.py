@@ -1,6 +1,6 @@
 """The manager is killed at every step of what it does to a VM. The next one leaves it as it was or as it should be.
 
-`WALK_EVERY=1` walks all steps; without it every sixth is walked.
+`WALK_EVERY=1` walks all steps; without it every twelfth is walked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import httpx
 import pytest
 from lives import Lives
 
-EVERY = int(os.environ.get("WALK_EVERY", "6"))
+EVERY = int(os.environ.get("WALK_EVERY", "12"))
 CONTENT = os.urandom(300_000)
 
 

@@ -206,15 +206,3 @@ async def test_no_descriptor_is_left_by_many_runs() -> None:
         await run(["true"], timeout=5)
     await asyncio.sleep(0)
     assert open_descriptors() <= before
-
-
-def test_works_on_uvloop() -> None:
-    uvloop = pytest.importorskip("uvloop")
-
-    async def check() -> None:
-        assert (await run(["sh", "-c", "cat"], input=b"x", timeout=5)).stdout == b"x"
-        with pytest.raises(ProcessTimeoutError):
-            await run(["sleep", "100"], timeout=0.1)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(check())

@@ -15,7 +15,7 @@ from rundatsheesh.manager.host.bootfiles import BootFiles
 
 __all__ = ["image_root", "lab", "new_lab", "shared_engine"]  # fixtures
 
-CLONES = int(os.environ.get("CLONES", "5"))
+CLONES = int(os.environ.get("CLONES", "3"))
 AT_ONCE = 2
 CLOCK = 0.1  # seconds from the host's
 FACTS = (

@@ -54,7 +54,7 @@ async def test_the_end_of_the_agent_is_the_end_of_the_guest(root_lab: Lab) -> No
 async def test_a_noisy_console_is_bounded(root_lab: Lab) -> None:
     vm = root_lab.vm()
     machine = await vm.start()
-    await ask_root(machine, "yes 'a line of noise' | head -c 3M > /dev/ttyS0; sync")
+    await ask_root(machine, "yes 'a line of noise' | head -c 2200K > /dev/ttyS0; sync")
     assert vm.files.console_log.stat().st_size <= 2 << 20
     assert await ask_root(machine, "echo alive") == "alive\n"
     await machine.stop(0)

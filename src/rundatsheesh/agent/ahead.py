@@ -61,6 +61,11 @@ class Waiting:
         self.tree.count()
         return True
 
+    def was_killed_before(self) -> bool:
+        """Whether it ended by a signal, sent while it waited, and has read nothing of its work."""
+        status = self.tree.status
+        return status is not None and os.WIFSIGNALED(status) and not self.streams.has_been_read()
+
     def close(self) -> None:
         self._control.close()
         self.streams.close()

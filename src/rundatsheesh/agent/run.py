@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .ahead import Ahead
+    from .ahead import Ahead, Waiting
     from .calls import Call
     from .job import Command
     from .memory import Guard
@@ -101,6 +101,8 @@ class Run:
         self._last_output = 0
         self._outputs = {wire.STDOUT: Output(wire.STDOUT, max_output), wire.STDERR: Output(wire.STDERR, max_output)}
         self._streams: dict[int, int] = {}  # descriptor -> stream; RESULT is the channel
+        self._waiting: Waiting | None = None  # started ahead of the call
+        self._has_given_up = False
         self._stderr = bytearray()  # its end, where a channel makes something of it
 
     def run(self) -> dict[str, Any]:
@@ -110,8 +112,12 @@ class Run:
         tree: Tree | None = None
         try:
             tree = self._start(cwd)
-            self._call.on_cancel(tree.kill)
             self._pump(tree)
+            if self._waiting is not None and self._waiting.was_killed_before() and not self._timed_out:
+                tree = None
+                self._give_up_waiting()
+                tree = self._start(cwd)
+                self._pump(tree)
             if self._call.cancelled:
                 raise Cancelled
             return self._answer(tree)
@@ -120,10 +126,10 @@ class Run:
 
     def _start(self, cwd: str) -> Tree:
         command = self._command
-        waiting = self._ahead.take(command, cwd)
-        if waiting is not None:
-            self._streams = waiting.streams.ours
-            return waiting.tree
+        self._waiting = None if self._has_given_up else self._ahead.take(command, cwd)
+        if self._waiting is not None:
+            self._streams = self._waiting.streams.ours
+            return self._waiting.tree
         streams = Streams(command.stdin, channel=command.channel is not None)
         self._streams = streams.ours
         try:
@@ -131,8 +137,15 @@ class Run:
         finally:
             streams.hand_over()
 
+    def _give_up_waiting(self) -> None:
+        """The one that waited is dead: nothing has happened yet, and the command is started as any other."""
+        assert self._waiting is not None
+        self._waiting.close()
+        self._streams, self._ended, self._has_given_up = {}, 0, True
+
     def _pump(self, tree: Tree) -> None:
         """Until the program has ended, and with it what it left or was killed with, as far as that is awaited."""
+        self._call.on_cancel(tree.kill)
         poll = select.poll()
         control = tree.control
         for fd in (control, *self._streams):
@@ -242,6 +255,8 @@ class Run:
         """The call is over; what the program left behind lives on, unless it was to be killed."""
         if self._command.cleanup is not None:
             self._command.cleanup()
+        if self._waiting is not None:
+            self._waiting.streams.hand_over()
         channel = [fd for fd, stream in self._streams.items() if stream == wire.RESULT]
         for fd in channel:
             del self._streams[fd]

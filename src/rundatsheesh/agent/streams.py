@@ -33,9 +33,12 @@ class Streams:
             os.close(fd)
 
     def write_stdin(self, data: bytes) -> None:
-        """Give the program its input, and let go of that, too."""
+        """Give the program its input; it is still ours, too."""
         _fill(self._stdin, data)
-        self.hand_over()
+
+    def has_been_read(self) -> bool:
+        """Whether the program has begun with its input, whose position it shares with us until that is handed over."""
+        return os.lseek(self._stdin, 0, os.SEEK_CUR) > 0
 
     def close(self) -> None:
         for fd in (*self.ours, *self.theirs):
