@@ -11,8 +11,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 AS_ROOT := scripts/as-root.sh
 BOOTSTRAP := scripts/bootstrap.sh
-# Two at once are what two cores can do; tests/conftest.py says which tests never run beside each other.
-AT_ONCE := -n 2 --no-loadscope-reorder
+# One more than two cores have work for, since tests also wait; tests/conftest.py says which never run beside each other.
+AT_ONCE := -n 3 --no-loadscope-reorder
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile

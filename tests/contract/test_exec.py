@@ -54,7 +54,7 @@ def test_env(box: Box) -> None:
 
 def soon(box: Box) -> int:
     """Milliseconds, long enough for bash to begin."""
-    return max(700, int(box.scale(200)))
+    return max(700, int(box.scale(120)))
 
 
 @pytest.mark.every_engine
