@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 AS_ROOT := scripts/as-root.sh
 BOOTSTRAP := scripts/bootstrap.sh
 # One more than two cores have work for, since tests also wait; tests/conftest.py says which never run beside each other.
-AT_ONCE := -n 3 --no-loadscope-reorder
+AT_ONCE := -n 2 --no-loadscope-reorder
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _ORDER.get(item.path.parent.name, 0))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Whoever reads of a failure also reads what the server said."""
+    report = yield
+    if report.failed:
+        used = [getattr(value, "server", value) for value in getattr(item, "funcargs", {}).values()]
+        logs = {server.log: server.last_words(6000) for server in used if isinstance(server, Server)}
+        report.sections += [(f"Server log {log.name}", words) for log, words in logs.items()]
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)  # of the plugin that runs several at once

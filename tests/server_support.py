@@ -112,7 +112,7 @@ class Server:
         line = self._process.stdout.readline() if ready else ""
         if "serving on " not in line:
             self._end(signal.SIGKILL)
-            raise AssertionError(f"the server does not start: {line}\n{self.log.read_text()[-4000:]}")
+            raise AssertionError(f"the server does not start: {line}\n{self.last_words(4000)}")
         return line.split("serving on ")[1].strip()
 
     def stop(self) -> int:
@@ -147,7 +147,7 @@ class Server:
         finally:
             status = self.stop()
             left = self.traces()
-            tail = self.log.read_text()[-2000:]
+            tail = self.last_words(2000)
             shutil.rmtree(self.storage)
             shutil.rmtree(self.runtime)
         assert status == 0, f"the server ended with {status}: {tail}"
@@ -157,8 +157,12 @@ class Server:
         """A VM that answers; one vCPU, 256 MiB, without network unless `fields` say otherwise."""
         body = {"cpu": 1, "memMb": 256, "allowIps": [], "engine": engine, **fields}
         answer = self.http.post("/v1/vms", json=body)
-        assert answer.status_code == 201, f"{answer.text}\n{self.log.read_text()[-3000:]}"
+        assert answer.status_code == 201, f"{answer.text}\n{self.last_words(3000)}"
         return Box(self, answer.json())
+
+    def last_words(self, count: int) -> str:
+        """The end of its log, in characters."""
+        return self.log.read_text()[-count:] if self.log.exists() else ""
 
     def traces(self) -> list[str]:
         """All that exists on the host in this server's name, besides itself and its records."""

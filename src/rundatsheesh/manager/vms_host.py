@@ -14,6 +14,7 @@ from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines.base import Engine, VmFiles
 from rundatsheesh.manager.errors import HostError, InvalidInput, Unavailable
 from rundatsheesh.manager.guest import ExecRequest, Identity, ScriptRequest
+from rundatsheesh.manager.host.threads import in_thread
 from rundatsheesh.manager.model import GATEWAY, Isolation, VmRecord
 from rundatsheesh.manager.net import Network
 from rundatsheesh.manager.vms_layout import Layout, Node
@@ -65,7 +66,7 @@ class VmHost:
 
     async def make_disk(self, record: VmRecord) -> None:
         files = self.files(record)
-        await asyncio.to_thread(files.directory.mkdir, mode=0o700, parents=True, exist_ok=True)
+        await in_thread(files.directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         await workspace.create(files.disk, record.spec.disk_mb)
 
     async def boot(self, record: VmRecord, on_end: OnEnd) -> RunningVm:
@@ -116,8 +117,8 @@ class VmHost:
         """Nothing of the VM is left on this host."""
         await self.take_down(record)
         files = self.files(record)
-        await asyncio.to_thread(_remove_tree, files.directory)
-        await asyncio.to_thread(_remove_tree, files.runtime)
+        await in_thread(_remove_tree, files.directory)
+        await in_thread(_remove_tree, files.runtime)
 
 
 # Emulation is the strongest wall after hardware, but 10 to 30 times slower than the application kernel.

@@ -31,7 +31,11 @@ $b mount -t tmpfs -o nosuid,nodev,mode=1777,size=40% tmpfs /root/tmp
 $b mount -t tmpfs -o nosuid,nodev,mode=1777,size=20% tmpfs /root/var/tmp
 $b mount -t tmpfs -o nosuid,nodev,mode=0755,size=5% tmpfs /root/run
 $b ifconfig lo 127.0.0.1 up
-$b mount -t sysfs -o ro,nosuid,nodev,noexec sys /root/sys
+$b mount -t sysfs -o nosuid,nodev,noexec sys /root/sys
+# What was in use within the last second is not reclaimed. Without it a process that takes all memory is not killed: the
+# kernel would for minutes rather read everybody's programs from the disk again and again.
+echo 1000 > /root/sys/kernel/mm/lru_gen/min_ttl_ms
+$b mount -o remount,ro,nosuid,nodev,noexec /root/sys
 # A user namespace would give the guest's user capabilities inside it; the rest tells it nothing of the kernel.
 echo 0 > /proc/sys/user/max_user_namespaces
 echo 1 > /proc/sys/kernel/dmesg_restrict

@@ -7,7 +7,6 @@ guest never writes raw blocks of a disk that this module mounts: a crafted file 
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from rundatsheesh.manager.errors import HostError, StorageFull
 from rundatsheesh.manager.host import loops, mounts, process
 from rundatsheesh.manager.host.mounts import Flag
+from rundatsheesh.manager.host.threads import in_thread
 from rundatsheesh.manager.model import GUEST_UID
 
 log = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ _MOUNT_OPTIONS = "noinit_itable,discard,errors=remount-ro"
 async def create(path: Path, size_mb: int) -> None:
     """Make an empty disk of this size whose root belongs to the guest's user. It appears complete or not at all, also
     when the host crashes; an existing one is left as it is. Raises StorageFull, HostError."""
-    if await asyncio.to_thread(path.exists):
+    if await in_thread(path.exists):
         return
     new = path.with_name(path.name + ".new")
     with _storage_errors(path):
-        await asyncio.to_thread(_make_sparse, new, size_mb * MIB)
+        await in_thread(_make_sparse, new, size_mb * MIB)
         try:
             await _format(new, size_mb)
-            await asyncio.to_thread(_commit, new, path)
+            await in_thread(_commit, new, path)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
@@ -52,13 +52,13 @@ async def mount(path: Path, mountpoint: Path) -> None:
     """Mount the disk; the directory is made when missing. Does nothing when exactly this disk is mounted there already.
     Raises StorageFull, HostError."""
     with _storage_errors(path):
-        await asyncio.to_thread(_mount, path, mountpoint)
+        await in_thread(_mount, path, mountpoint)
 
 
 async def unmount(mountpoint: Path) -> None:
     """Unmount whatever is mounted there and remove the directory; written data is on the host's file by then.
     Idempotent. Raises HostError while a process on the host still uses it."""
-    await asyncio.to_thread(_unmount, mountpoint)
+    await in_thread(_unmount, mountpoint)
 
 
 async def _format(path: Path, size_mb: int) -> None:

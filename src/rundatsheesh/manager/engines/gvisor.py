@@ -25,6 +25,7 @@ from rundatsheesh.manager.host import process, tools
 from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
 from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Cgroups, Limits
 from rundatsheesh.manager.host.process import Child
+from rundatsheesh.manager.host.threads import in_thread, opened_in_thread
 from rundatsheesh.manager.model import Isolation, VmRecord
 
 PIDS_MAX = 1024  # host tasks; an idle sandbox has 25 to 40, and each of the guest's threads is one
@@ -97,18 +98,18 @@ class GVisor:
     async def adopt(self, record: VmRecord, files: VmFiles) -> GVisorMachine | None:
         """As promised by Engine. A guest that was frozen runs again."""
         cgroup = self._cgroup(record)
-        processes, members = await asyncio.to_thread(lambda: (gvisor_files.read_processes(files), cgroup.pids()))
+        processes, members = await in_thread(lambda: (gvisor_files.read_processes(files), cgroup.pids()))
         if not processes or not all(p.pid in members and p.alive() for p in processes):
             return None
-        await asyncio.to_thread(cgroup.thaw)
+        await in_thread(cgroup.thaw)
         return GVisorMachine(files, cgroup, processes, None)
 
     async def release(self, record: VmRecord, files: VmFiles) -> None:
         cgroup = self._cgroup(record)
-        await asyncio.to_thread(cgroup.kill)
-        await asyncio.to_thread(gvisor_files.remove, files)
+        await in_thread(cgroup.kill)
+        await in_thread(gvisor_files.remove, files)
         await workspace.unmount(files.workspace)
-        await asyncio.to_thread(cgroup.remove)
+        await in_thread(cgroup.remove)
 
     def trim_logs(self, files: VmFiles) -> None:
         """Make room in the logs of a running guest, which are bounded anyway, so that they go on with what is new."""
@@ -118,22 +119,22 @@ class GVisor:
         cgroup = self._cgroup(record)
         # The guest's machine is as large as the limit that runsc finds at its start, so its overhead is added later.
         limits = Limits(record.spec.cpu, record.spec.mem_mb * MIB, PIDS_MAX)
-        await asyncio.to_thread(cgroup.create, limits)
+        await in_thread(cgroup.create, limits)
         await workspace.mount(files.disk, files.workspace)
-        await asyncio.to_thread(gvisor_files.prepare, record, files, cgroup.path)
+        await in_thread(gvisor_files.prepare, record, files, cgroup.path)
         child = await self._launch(record, files, cgroup)
         _, writer = await gvisor_channel.connect(
             SandboxFiles(files.runtime).socket, child.exited, self.config.boot_timeout
         )
         writer.close()
-        processes = await asyncio.to_thread(find_processes, child.ref, cgroup)
-        await asyncio.to_thread(gvisor_files.write_processes, files, processes)
-        await asyncio.to_thread(cgroup.set_memory, (record.spec.mem_mb + OVERHEAD_MB) * MIB)
+        processes = await in_thread(find_processes, child.ref, cgroup)
+        await in_thread(gvisor_files.write_processes, files, processes)
+        await in_thread(cgroup.set_memory, (record.spec.mem_mb + OVERHEAD_MB) * MIB)
         return GVisorMachine(files, cgroup, processes, child)
 
     async def _launch(self, record: VmRecord, files: VmFiles, cgroup: Cgroup) -> Child:
         platform = self.config.platform
-        tree = await asyncio.to_thread(
+        tree = await opened_in_thread(
             lambda: gvisor_files.private_tree(
                 record,
                 files,

@@ -14,6 +14,7 @@ from rundatsheesh.manager.engines.logs import read_tail
 from rundatsheesh.manager.errors import EngineError
 from rundatsheesh.manager.host.cgroups import Cgroup
 from rundatsheesh.manager.host.process import Child, ProcessRef
+from rundatsheesh.manager.host.threads import in_thread
 
 CONNECT_TIMEOUT = 10.0  # seconds, for a guest whose agent listens already
 AFTERMATH_TIMEOUT = 2.0  # for runsc to notice that its sandbox ended, and to tell the exit status
@@ -53,20 +54,20 @@ class GVisorMachine:
         """As promised by Machine, but at once: a sandbox has no power button. Who wants the guest's processes to end in
         good order asks the agent before. Nothing written is lost, for it is with the host's kernel already."""
         self._stopping = True
-        await asyncio.to_thread(self._cgroup.kill)
+        await in_thread(self._cgroup.kill)
         await self.wait()
 
     async def freeze(self) -> None:
         """As promised by Machine; raises EngineError when the guest has ended."""
         async with self._freezing:
             try:
-                await asyncio.to_thread(self._cgroup.freeze)
+                await in_thread(self._cgroup.freeze)
             except OSError as error:
                 raise EngineError(f"cannot freeze {self._cgroup.name}: {error}") from error
 
     async def thaw(self) -> None:
         async with self._freezing:
-            await asyncio.to_thread(self._cgroup.thaw)
+            await in_thread(self._cgroup.thaw)
 
     async def _watch(self) -> Exit:
         """Notice the first end among the sandbox's processes, see to it that nothing of it is left, and say why."""
@@ -74,7 +75,7 @@ class GVisorMachine:
         await self.thaw()  # a frozen runsc could not tell us anything
         await gvisor_channel.first_of([self._runsc.wait()], AFTERMATH_TIMEOUT)
         crashed = self._runsc.alive()
-        await asyncio.to_thread(self._cgroup.kill)
+        await in_thread(self._cgroup.kill)
         await asyncio.gather(*(process.wait() for process in self._processes))
         status = await self._child.wait() if self._child is not None else None
         return Exit(self._reason(status, crashed), status, evidence(self._files))

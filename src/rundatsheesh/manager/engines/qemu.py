@@ -30,6 +30,7 @@ from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
 from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Cgroups, Limits
 from rundatsheesh.manager.host.doctor import usable_kvm
 from rundatsheesh.manager.host.process import Child
+from rundatsheesh.manager.host.threads import in_thread, opened_in_thread
 from rundatsheesh.manager.model import Isolation, Slot, VmRecord
 
 # Each VM's QEMU is a user of its own, from a range that no distribution and no container manager gives out.
@@ -102,23 +103,23 @@ class Qemu:
     async def adopt(self, record: VmRecord, files: VmFiles) -> QemuMachine | None:
         """As promised by Engine. A guest that was frozen runs again."""
         cgroup = self._cgroup(record)
-        found, members = await asyncio.to_thread(lambda: (qemu_files.read_process(files), cgroup.pids()))
+        found, members = await in_thread(lambda: (qemu_files.read_process(files), cgroup.pids()))
         if found is None or found.pid not in members or not found.alive():
             return None
-        await asyncio.to_thread(cgroup.thaw)
+        await in_thread(cgroup.thaw)
         qmp = await Qmp.connect(MachineFiles(files.runtime).qmp)
         return QemuMachine(files, cgroup, found, None, qmp)
 
     async def release(self, record: VmRecord, files: VmFiles) -> None:
         cgroup = self._cgroup(record)
-        await asyncio.to_thread(cgroup.kill)
-        await asyncio.to_thread(qemu_files.remove, files)
-        await asyncio.to_thread(cgroup.remove)
+        await in_thread(cgroup.kill)
+        await in_thread(qemu_files.remove, files)
+        await in_thread(cgroup.remove)
 
     async def _start(self, record: VmRecord, files: VmFiles) -> QemuMachine:
         if not self.config.templates:
             return await self._run(record, files, None)
-        key = await asyncio.to_thread(self._key, record)
+        key = await in_thread(self._key, record)
         template = await self.templates.get(key, lambda: self._make_template(record, files))
         try:
             return await self._run(record, files, template)
@@ -137,7 +138,7 @@ class Qemu:
         qmp = await Qmp.connect(MachineFiles(files.runtime).qmp)
         try:
             await _resume(qmp, start)
-            await asyncio.to_thread(qemu_files.write_process, files, child.ref)
+            await in_thread(qemu_files.write_process, files, child.ref)
         except BaseException:
             await qmp.close()
             raise
@@ -195,8 +196,8 @@ class Qemu:
         # The guest cannot use more than its CPUs, each a thread. Devices are one more; with less both would be stopped
         # for the rest of each period when they work at the same time, as they do at a start.
         limits = Limits(hardware.cpu + 1, (hardware.mem_mb + OVERHEAD_MB[hardware.accelerator]) * MIB, PIDS_MAX)
-        await asyncio.to_thread(cgroup.create, limits)
-        await asyncio.to_thread(qemu_files.prepare, files)
+        await in_thread(cgroup.create, limits)
+        await in_thread(qemu_files.prepare, files)
         machine = MachineFiles(files.runtime)
         user = vm_user(record.slot)
         with ExitStack() as held:
@@ -211,7 +212,7 @@ class Qemu:
                 workspace=disk,
             )
             kvm_user = user if hardware.accelerator is Accelerator.KVM else None
-            tree = await asyncio.to_thread(qemu_files.private_tree, files, _program(), kvm_user)
+            tree = await opened_in_thread(qemu_files.private_tree, files, _program(), kvm_user)
             held.callback(os.close, tree)
             log = held.enter_context(qemu_files.opened(machine.engine, os.O_WRONLY | os.O_APPEND))
             argv = qemu_args.command(hardware, descriptors, start, record.slot.guest_mac)

@@ -13,6 +13,7 @@ from rundatsheesh.manager.engines.qmp import Qmp
 from rundatsheesh.manager.errors import EngineError
 from rundatsheesh.manager.host.cgroups import Cgroup
 from rundatsheesh.manager.host.process import Child, ProcessRef
+from rundatsheesh.manager.host.threads import in_thread
 
 LAST_WORDS_TIMEOUT = 2.0  # seconds, to read what QEMU said before it ended
 QUIT_TIMEOUT = 5.0  # for QEMU to write out its disk
@@ -44,7 +45,7 @@ class QemuMachine:
         try:
             return await asyncio.open_unix_connection(str(MachineFiles(self._files.runtime).agent))
         except OSError as error:
-            evidence = await asyncio.to_thread(qemu_files.evidence, self._files)
+            evidence = await in_thread(qemu_files.evidence, self._files)
             raise EngineError(f"cannot reach the guest: {error}", details={"log": evidence}) from error
 
     async def wait(self) -> Exit:
@@ -61,20 +62,20 @@ class QemuMachine:
             await self._ends_within(QUIT_TIMEOUT)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)  # refused only where QEMU is gone already
-            await asyncio.to_thread(self._cgroup.kill)
+            await in_thread(self._cgroup.kill)
         await self.wait()
 
     async def freeze(self) -> None:
         """As promised by Machine; raises EngineError when the guest has ended."""
         async with self._freezing:
             try:
-                await asyncio.to_thread(self._cgroup.freeze)
+                await in_thread(self._cgroup.freeze)
             except OSError as error:
                 raise EngineError(f"cannot freeze {self._cgroup.name}: {error}") from error
 
     async def thaw(self) -> None:
         async with self._freezing:
-            await asyncio.to_thread(self._cgroup.thaw)
+            await in_thread(self._cgroup.thaw)
 
     async def detach(self) -> None:
         """Let go of the guest, which runs on: what the end of the manager does."""
@@ -93,9 +94,9 @@ class QemuMachine:
         await asyncio.wait([last_words], timeout=LAST_WORDS_TIMEOUT)
         await self._qmp.close()
         await last_words
-        await asyncio.to_thread(self._cgroup.kill)
+        await in_thread(self._cgroup.kill)
         status = await self._child.wait() if self._child is not None else None
-        evidence = await asyncio.to_thread(qemu_files.evidence, self._files)
+        evidence = await in_thread(qemu_files.evidence, self._files)
         reason = self._reason(evidence)
         return Exit(reason, status, evidence)
 
@@ -103,7 +104,7 @@ class QemuMachine:
         ended = asyncio.ensure_future(self._process.wait())
         try:
             while not (await asyncio.wait([ended], timeout=TRIM_INTERVAL))[0]:
-                await asyncio.to_thread(qemu_files.trim_logs, self._files)
+                await in_thread(qemu_files.trim_logs, self._files)
         finally:
             ended.cancel()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal
 
 from rundatsheesh.manager.errors import NetworkError
+from rundatsheesh.manager.host.threads import in_thread
 from rundatsheesh.manager.model import EgressPolicy, Slot
 from rundatsheesh.manager.net import kernel, links
 from rundatsheesh.manager.net.conntrack import forget_connections
@@ -19,9 +20,6 @@ from rundatsheesh.manager.net.resolver import Resolver
 from rundatsheesh.manager.net.upstream import Upstream
 
 log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class Network:
         await self._resolver.open()
         try:
             await self._firewall.open(self._resolver.port)
-            await _in_thread(_enable_forwarding)
+            await in_thread(_enable_forwarding)
         except BaseException:
             await self._resolver.close()
             raise
@@ -72,7 +70,7 @@ class Network:
     async def close(self) -> None:
         """Stop the resolver. Links and rules of running VMs stay in force; without any VM the table is removed."""
         await self._resolver.close()
-        if not await _in_thread(links.present, self._block):
+        if not await in_thread(links.present, self._block):
             await self._firewall.close()
 
     async def attach(
@@ -87,10 +85,10 @@ class Network:
             try:
                 await self._firewall.put(slot, policy)
                 if kind == "veth":
-                    await _in_thread(links.create_veth, slot)
+                    await in_thread(links.create_veth, slot)
                 else:
                     owner = owner or TapOwner(0, 0)
-                    await _in_thread(links.create_tap, slot, owner.uid, owner.gid)
+                    await in_thread(links.create_tap, slot, owner.uid, owner.gid)
             except BaseException:
                 await self._undo(slot)
                 raise
@@ -99,7 +97,7 @@ class Network:
     async def reset_guest_end(self, slot: Slot) -> None:
         """Addresses and routes of eth0 again: a sandbox that took them over leaves the interface bare."""
         async with self._locks[slot]:
-            await _in_thread(links.configure_guest_end, slot)
+            await in_thread(links.configure_guest_end, slot)
 
     async def set_policy(self, slot: Slot, policy: EgressPolicy) -> None:
         """Replace the policy of an attached VM in one transaction. Connections that it forbids are cut, and what the
@@ -121,16 +119,16 @@ class Network:
         saves listing all of them for each of many VMs."""
         async with self._locks[slot]:
             await self._firewall.ensure(slot, policy, look=look)
-            await _in_thread(links.configure_host_end, slot)
+            await in_thread(links.configure_host_end, slot)
             self._resolver.put(slot, policy)
 
     async def list_present(self) -> set[Slot]:
         """Slots of this block of which anything exists on the host: link, namespace or rules."""
-        return _slots_of(await _in_thread(links.present, self._block) | await self._firewall.links())
+        return _slots_of(await in_thread(links.present, self._block) | await self._firewall.links())
 
     async def list_traces(self) -> Traces:
         """As `list_present`, told apart."""
-        own_links, own_namespaces = await _in_thread(links.traces, self._block)
+        own_links, own_namespaces = await in_thread(links.traces, self._block)
         rules = await self._firewall.links()
         return Traces(*(frozenset(_slots_of(names)) for names in (own_links, own_namespaces, rules)))
 
@@ -141,8 +139,8 @@ class Network:
 
     async def _detach(self, slot: Slot) -> None:
         self._resolver.remove(slot)
-        await _in_thread(links.remove, slot)  # first, so that nothing passes while the rest goes
-        await _in_thread(forget_connections, slot.guest_ip)
+        await in_thread(links.remove, slot)  # first, so that nothing passes while the rest goes
+        await in_thread(forget_connections, slot.guest_ip)
         await self._firewall.remove(slot)
 
     async def _undo(self, slot: Slot) -> None:
@@ -169,19 +167,3 @@ def _enable_forwarding() -> None:
         kernel.write_sysctl("ipv4/ip_forward", "1")
     except OSError as error:
         raise NetworkError(f"IPv4 forwarding cannot be enabled: {error}") from error
-
-
-async def _in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a blocking call to its end even when we are cancelled: what follows must not overtake it."""
-    work = asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs))
-    cancelled: asyncio.CancelledError | None = None
-    while not work.done():
-        try:
-            await asyncio.wait({work})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        if (failure := work.exception()) is not None:
-            log.debug("cancelled while failing: %s", failure)
-        raise cancelled
-    return work.result()
