@@ -175,9 +175,7 @@ def test_links_swapped_during_an_upload_lead_nowhere(vm: NewVm) -> None:
     box.output("touch race/stop")
     assert statuses <= {204, 400, 404, 409, 500}, statuses
     assert 500 not in statuses, "a race is the guest's doing, and told as a conflict"
-    found = box.output(
-        "find / -name 'planted*' -not -path '/proc/*' -not -path '/workspace/*' 2>/dev/null || true"
-    )
+    found = box.output("find / -name 'planted*' -not -path '/proc/*' -not -path '/workspace/*' 2>/dev/null || true")
     assert found == ""
 
 

@@ -24,6 +24,7 @@ from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.expiry import Expiry
+from rundatsheesh.manager.host import heap
 from rundatsheesh.manager.model import Overview
 from rundatsheesh.manager.net import Network
 from rundatsheesh.manager.overview import collect_overview
@@ -61,6 +62,7 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises HostError for what keeps the server from starting. VMs that exist when it
     ends run on, and the next server adopts them."""
     _configure_logging(settings.log_level)
+    heap.use_one()
     _check_certificate(settings)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,6 +17,7 @@ from isal import isal_zlib
 from rundatsheesh.manager.disk.archive import UploadLimits, check_upload
 from rundatsheesh.manager.errors import RdsError
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
+from rundatsheesh.manager.host import heap
 from rundatsheesh.manager.model import (
     Caller,
     CallType,
@@ -40,6 +41,7 @@ from rundatsheesh.manager.vms_running import RunningVm
 LOG_WINDOW = 1 << 20  # bytes of a log that are looked at for its tail
 GZIP = 31  # zlib's window bits for a gzip header
 GZIP_LEVEL = 1  # igzip: about 400 MB/s, so that a download runs at the speed of the channel
+LARGE_TRANSFER = 64 << 20  # bytes
 COMPRESS_BYTES = 256 << 10  # one step in a thread: large enough that the hop to it costs nothing
 
 
@@ -52,6 +54,10 @@ class _Outcome:
     bytes_out: int = 0
     timed_out: bool = False
     duration_ms: int | None = None
+
+
+class Compressor(Protocol):
+    def compress(self, data: bytes, /) -> bytes: ...
 
 
 class VmSource(Protocol):
@@ -144,6 +150,7 @@ class VmCalls:
                 checked = await check_upload(body, cast(BinaryIO, spool), limits)
                 outcome.bytes_in = spool.tell()
                 await guest.upload(dest, checked.manifest, checked.canonical_chunks())
+            await _forget(outcome.bytes_in)
 
     async def download(self, vm_id: str, path: str, caller: Caller) -> AsyncGenerator[bytes, None]:
         """gzip bytes, the first of them fetched: what can be refused is refused before this returns."""
@@ -158,6 +165,7 @@ class VmCalls:
             async for compressed in _gzip(download.chunks):
                 outcome.bytes_out += len(compressed)
                 yield compressed
+            await _forget(outcome.bytes_out)
 
     async def logs(self, vm_id: str, type_: str, tail: int) -> LogView:
         """The last `tail` lines of the engine's log or of the console."""
@@ -210,6 +218,12 @@ def _note(outcome: _Outcome, result: CallResult) -> CallResult:
     return result
 
 
+async def _forget(transferred: int) -> None:
+    """Give back the memory that a large transfer has had, which the heap would keep."""
+    if transferred > LARGE_TRANSFER:
+        await asyncio.to_thread(heap.trim)
+
+
 async def _prepend(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     try:
         yield first
@@ -221,14 +235,20 @@ async def _prepend(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGene
 
 async def _gzip(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     compressor = isal_zlib.compressobj(GZIP_LEVEL, wbits=GZIP)
-    waiting = bytearray()
+    waiting: list[bytes] = []
+    size = 0
     async for chunk in chunks:
-        waiting += chunk
-        if len(waiting) >= COMPRESS_BYTES:
-            piece, waiting = bytes(waiting), bytearray()
-            if compressed := await asyncio.to_thread(compressor.compress, piece):
+        waiting.append(chunk)
+        size += len(chunk)
+        if size >= COMPRESS_BYTES:
+            pieces, waiting, size = waiting, [], 0
+            if compressed := await asyncio.to_thread(_compress, compressor, pieces):
                 yield compressed
-    yield compressor.compress(bytes(waiting)) + compressor.flush()
+    yield _compress(compressor, waiting) + compressor.flush()
+
+
+def _compress(compressor: Compressor, pieces: list[bytes]) -> bytes:
+    return b"".join([compressor.compress(piece) for piece in pieces])
 
 
 def _read_log(type_: str, path: Path, tail: int) -> LogView:

@@ -78,28 +78,32 @@ async def check_upload(body: AsyncIterable[bytes], spool: BinaryIO, limits: Uplo
     """
     check = _Check(limits)
     steps = _Steps()
-    batch = bytearray()
+    batch: list[bytes] = []
+    size = 0
     try:
         async for chunk in body:
             check.count_compressed(len(chunk))
-            batch += chunk
-            if len(batch) >= _BATCH:
-                await steps.start(partial(_take_batch, check, spool, bytes(batch)))
-                batch.clear()
-        await steps.start(partial(_take_batch, check, spool, bytes(batch)))
+            batch.append(chunk)
+            size += len(chunk)
+            if size >= _BATCH:
+                await steps.start(partial(_take_batch, check, spool, batch))
+                batch, size = [], 0
+        await steps.start(partial(_take_batch, check, spool, batch))
         await steps.join()
     finally:
         await steps.settle()
     return CheckedUpload(*check.finish(), spool)
 
 
-def _take_batch(check: _Check, spool: BinaryIO, batch: bytes) -> None:
+def _take_batch(check: _Check, spool: BinaryIO, batch: list[bytes]) -> None:
     try:
-        spool.write(batch)
+        for chunk in batch:
+            spool.write(chunk)
         spool.flush()
     except OSError as error:
         raise StorageFull(f"the host cannot keep the upload while it is checked: {error.strerror}") from error
-    check.feed(batch)
+    for chunk in batch:
+        check.feed(chunk)
 
 
 class _Steps:
