@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 AS_ROOT := scripts/as-root.sh
 BOOTSTRAP := scripts/bootstrap.sh
-# One more than two cores have work for, since tests also wait; tests/conftest.py says which never run beside each other.
+# Two at once are what two cores can do; tests/conftest.py says which never run beside each other.
 AT_ONCE := -n 2 --no-loadscope-reorder
 
 help: ## list these targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import shutil
 import uuid
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines.base import Engine, VmFiles
-from rundatsheesh.manager.errors import HostError, InvalidInput, Unavailable
+from rundatsheesh.manager.errors import HostError, InvalidInput, NetworkError, Unavailable
 from rundatsheesh.manager.guest import ExecRequest, Identity, ScriptRequest
 from rundatsheesh.manager.host.threads import in_thread
 from rundatsheesh.manager.model import GATEWAY, Isolation, VmRecord
@@ -21,6 +22,8 @@ from rundatsheesh.manager.vms_layout import Layout, Node
 from rundatsheesh.manager.vms_running import ADOPT_TIMEOUT, CONNECT_TIMEOUT, OnEnd, RunningVm
 
 REHEARSAL_MS = 20_000  # for each program; a fraction of a second on an idle host
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,20 @@ class VmHost:
         machine = await engine.adopt(record, self.files(record))
         if machine is None:
             return None
-        await self.network.adopt(record.slot, record.spec.policy, look=False)
+        await self._adopt_network(record)
         running = await RunningVm.open(record, engine, machine, on_end, ADOPT_TIMEOUT)
         if running.guest.hello.boot_id != record.boot_id:
             await running.end("replaced")
             return None
         return running
+
+    async def _adopt_network(self, record: VmRecord) -> None:
+        """Twice where it fails, from what is really there then: a VM that runs is not given up for one refusal."""
+        try:
+            await self.network.adopt(record.slot, record.spec.policy, look=False)
+        except NetworkError as error:
+            log.warning("the network of %s is adopted once more: %s", record.id, error)
+            await self.network.adopt(record.slot, record.spec.policy)
 
     async def take_down(self, record: VmRecord) -> None:
         """No process and no network of the VM is left; its disk and logs stay."""

@@ -21,7 +21,7 @@ _NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _RECEIVE_BYTES = 1 << 16
-_TIMEOUT = 5.0  # seconds without a reply
+_TIMEOUT = 30.0  # seconds without a reply: a busy kernel has all namespaces wait for each other
 
 
 class Netlink:
