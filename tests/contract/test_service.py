@@ -39,7 +39,6 @@ def test_systemd_understands_it(tmp_path: Path) -> None:
     assert complaints == []
 
 
-@pytest.mark.every_engine
 def test_the_server_works_with_what_the_unit_leaves_it(directory: Path, dns: Dns, engine: str) -> None:
     assert settings()["NoNewPrivileges"] == ["yes"]
     kept = ",".join("+" + name.removeprefix("CAP_").lower() for name in " ".join(_bounding_set()).split())
