@@ -38,8 +38,7 @@ def _remove_socket(_: Site, path: Path) -> None:
 
 
 def _unmount(_: Site, target: Path) -> None:
-    while mounts.unmount(target):
-        continue
+    mounts.unmount_all(target)
 
 
 def _detach_loop(site: Site, device: Path) -> None:

@@ -122,8 +122,7 @@ def remove(files: VmFiles) -> None:
     be gone."""
     for kept, live in _logs(files):
         logs.settle_log(kept, live)
-    while mounts.unmount(files.runtime):
-        continue
+    mounts.unmount_all(files.runtime)
     if files.runtime.is_dir():
         shutil.rmtree(files.runtime)
 

@@ -12,13 +12,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import socket
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +35,6 @@ TMPFS_OPTIONS = "size=2m,nr_inodes=256,mode=0700"
 TRANSFER_BYTES = 16 << 20  # four transfers at once, see manager/guest_slots.py; others take the channel
 TRANSFER_OPTIONS = f"size={TRANSFER_BYTES},nr_inodes=4,mode=0700"
 BACKLOG = 4
-UNMOUNT_TIMEOUT = 10.0  # seconds
 FIRMWARE = "usr/share/qemu"
 LIBRARIES = ("usr/lib", "usr/lib64")
 LINKS = ("lib", "lib64")  # where usr is merged; directories elsewhere
@@ -137,24 +134,12 @@ def remove(files: VmFiles) -> None:
         for kept, live in _logs(files):
             logs.settle_log(kept, live)
     mounts.unmount(MachineFiles(files.runtime).proc)  # where a manager died while it made the tree
-    _unmount(MachineFiles(files.runtime).transfer.parent)  # its host's end may be open for a moment longer than QEMU's
-    _unmount(files.runtime)
+    mounts.unmount_all(
+        MachineFiles(files.runtime).transfer.parent
+    )  # its host's end may be open for a moment longer than QEMU's
+    mounts.unmount_all(files.runtime)
     if files.runtime.is_dir():
         shutil.rmtree(files.runtime)
-
-
-def _unmount(runtime: Path) -> None:
-    """Whoever reads the logs at this moment keeps the directory busy; nothing announces that it has finished."""
-    deadline = time.monotonic() + UNMOUNT_TIMEOUT
-    while True:
-        try:
-            while mounts.unmount(runtime):
-                continue
-            return
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.002)
 
 
 def trim_logs(files: VmFiles) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
@@ -18,6 +19,7 @@ from pathlib import Path
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS = 0x00020000
 _MNT_DETACH = 2
+UNMOUNT_TIMEOUT = 10.0  # seconds
 
 
 class Flag(IntFlag):
@@ -73,6 +75,22 @@ def unmount(target: Path) -> bool:
     if number in (errno.EINVAL, errno.ENOENT):  # not a mount point; no such path
         return False
     raise OSError(number, os.strerror(number), str(target))
+
+
+def unmount_all(target: Path) -> None:
+    """Unmount everything at the target. Whoever is about to close a file in it keeps it busy for a moment: a reader of
+    its logs, or the kernel with the descriptors that a killed process had under way. Nothing announces that they have
+    finished. Raises OSError(EBUSY) when it stays busy."""
+    deadline = time.monotonic() + UNMOUNT_TIMEOUT
+    while True:
+        try:
+            while unmount(target):
+                continue
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)
 
 
 def parse_mountinfo(text: str) -> list[Mounted]:
