@@ -28,7 +28,7 @@ from rundatsheesh.manager.host.process import Child
 from rundatsheesh.manager.host.threads import in_thread, opened_in_thread
 from rundatsheesh.manager.model import Isolation, VmRecord
 
-PIDS_MAX = 1024  # host tasks; an idle sandbox has 25 to 40, and each of the guest's threads is one
+PIDS_MAX = 2048  # host tasks; an idle sandbox has 25 to 40, each thread of the guest needs two, and there are 512
 # The sandbox's own memory on top of the guest's: measured 20 MiB idle, and it grows with open files and processes, 45
 # with 20 interpreters, 60 with 100 processes. The rest is how far programs get that use up the guest's memory until the
 # agent has killed them: the limits are in agent/memory.py.
