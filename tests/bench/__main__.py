@@ -115,9 +115,10 @@ async def _measure(results: Results, arguments: argparse.Namespace) -> list[str]
         bench.scratch.mkdir()
         own = channel.settings_in(storage / "own", runtime / "own", settings)
         async with channel.host(own) as host:
-            if arguments.engine == "qemu":
-                _say("clones: server, engine alone")
+            if host.engines["qemu"].available().usable:
+                _say("clones: server, engine alone, QEMU alone")
                 await phases.clones(bench, host, own, size.seconds)
+            if arguments.engine == "qemu":
                 return notes
             _say("creates: warm, cold, bare")
             await phases.creates(bench, size.seconds)

@@ -68,8 +68,8 @@ async def vm(host: VmHost, settings: Settings, engine: str) -> AsyncIterator[Run
 
 
 def clone(host: VmHost, settings: Settings) -> Contender:
-    """The engine alone: `qemu -incoming` of a template, to its agent's first reply. Disk and tap exist beforehand; no
-    record, no rules and no identity are made."""
+    """The engine alone, to its agent's first reply. Disk and tap exist beforehand; no record, no rules and no identity
+    are made."""
     engine = host.engines["qemu"]
 
     async def measure() -> Mapping[str, float]:
@@ -85,7 +85,7 @@ def clone(host: VmHost, settings: Settings) -> Contender:
             await machine.stop(0)
         finally:
             await host.release(record)
-        return {"bare_clone": took}
+        return {"engine_clone": took}
 
     return measure
 

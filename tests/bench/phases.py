@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bare
+import bare_qemu
 import channel
 from load import KEY, wait_for_warm
 
@@ -24,6 +25,7 @@ from rundatsheesh.manager.vms_host import VmHost
 from server_support import Server
 
 CALLS_A_TURN = 3
+CLONES = 30
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,14 @@ async def creates(bench: Bench, seconds: float) -> None:
 
 
 async def clones(bench: Bench, host: VmHost, settings: Settings, seconds: float) -> None:
-    """Virtual machines from a template: through a server without a pool, and by the engine alone."""
+    """Virtual machines from a template: through a server without a pool, by the engine alone, by QEMU alone."""
     cold = Connection(bench.cold.url, KEY)
-    contenders = [over_http.create(cold, "_clone", **bench.fields), channel.clone(host, settings)]
-    await in_turns(bench.results, contenders, rounds=max(3, bench.rounds // 2), seconds=seconds)
+    contenders = [
+        channel.clone(host, settings),
+        bare_qemu.clone(host, settings, bench.scratch),
+        over_http.create(cold, "_clone", engine="qemu"),
+    ]
+    await in_turns(bench.results, contenders, rounds=CLONES, seconds=seconds, warm_up=3)
     cold.close()
 
 

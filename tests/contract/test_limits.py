@@ -59,7 +59,9 @@ def test_a_fork_bomb(vm: NewVm, neighbour: Box) -> None:
     assert neighbour.output("echo alive") == "alive\n"
     if answer.status_code == 200:
         assert answer.json()["timedOut"] is True, answer.text
-        assert box.output("pgrep -c -u user sleep || true") == "0\n", "the whole tree is gone"
+        # On a busy host killing takes longer than an answer waits for it, and goes on behind it.
+        gone = "pgrep -c -u user sleep || true"
+        eventually(lambda: box.output(gone) == "0\n", box.scale(20), "the whole tree is gone")
     else:
         assert (answer.status_code, answer.json()["details"]["reason"]) == (502, "out_of_memory"), answer.text
         assert "out_of_memory" in box.post("exec", {"cmd": "true"}).text

@@ -46,6 +46,7 @@ _ALL = (
     Measure("bare_run_agent", "bare: runsc run agent → reply", "ms", None, CREATE),
     Measure("first_output_clone", "create → first output, a clone", "ms", "bare_clone", CREATE),
     Measure("create_clone", "create, a clone", "ms", "bare_clone", CREATE),
+    Measure("engine_clone", "engine: clone → agent's reply", "ms", "bare_clone", CREATE),
     Measure("bare_clone", "bare: qemu -incoming → agent's reply", "ms", None, CREATE),
     Measure("delete", "delete", "ms", None, CREATE),
     Measure("exec", "exec true", "ms", "bare_exec", CALL),
@@ -103,5 +104,6 @@ GOALS = (
     Goal("growth_memory", most=1.0),
     Goal("growth_files", most=0.0),
     Goal("query_after", most=1.25, beside="query_before"),
+    Goal("engine_clone", most=1.5, beside="bare_clone"),
     Goal("first_output_clone", most=200.0),
 )
