@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rundatsheesh.agent import paths, scripts
-from rundatsheesh.agent.ahead import VARIABLE
+from rundatsheesh.agent.ahead_deno import VARIABLE
 from rundatsheesh.agent.job import CHANNEL_FD, Command
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.settings import Settings
@@ -76,7 +76,7 @@ class Scripts:
         )
         ours, theirs = os.pipe()
         reader = threading.Thread(target=_read, args=(ours, command.channel))
-        begin = self._wake if self.ahead and command.may_wait else self._start
+        begin = self._wake if self.ahead and command.ahead else self._start
         process = begin(command, theirs)
         os.close(theirs)
         reader.start()

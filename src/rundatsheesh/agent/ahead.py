@@ -1,197 +1,177 @@
-"""A Deno that is started before the script that it will run is known.
+"""Programs that are started before the call which will use them: a bash for `exec`, a Deno for scripts.
 
-Deno itself offers that: told of a control socket, it sets its engine up and then waits there for its arguments. All
-that a call decides (arguments, permissions, configuration files, the program) is read after that, so the call cannot
-tell. One waits, is used once, and is replaced when the guest has come to rest. None does until a script was run.
+Starting a program is most of what a short call takes. So one of each kind waits where calls of its kind come in; it is
+used once, and replaced when the guest has come to rest. Whatever a call decides reaches it only when the call comes, so
+the call cannot tell; a call that would (a variable of its own, another directory) starts its program itself. How each
+kind waits is in ahead_bash.py and ahead_deno.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import socket
-import stat
 import threading
-import time
+from contextlib import contextmanager
 
+from . import ahead_bash, ahead_deno
 from .console import report
 from .job import CallFailed
-from .streams import USER, Streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Protocol
+
     from .job import Command
+    from .loop import Loop
     from .spawner import Spawner, Tree
+    from .streams import Streams
+    from .workers import Workers
 
-# Bytes of the guest's memory from which one may wait: it takes about 10 MiB, and what else it shows as used is mapped
-# from its file, which memory.py does not count.
-LEAST_MEMORY = 256 << 20
+    class Waiting(Protocol):
+        """One that waits. `start` or `close` it."""
 
-_CALM = 0.03  # seconds without a call before another is started: that must not slow the calls which follow
-_LOOK_MS = 10  # between two looks for its socket
-_PATIENCE = 20.0  # seconds for it to listen; a tenth of one on an idle host
-_PLACE = "/tmp"  # of the socket, while it is not connected yet
-VARIABLE = "DENO_UNSTABLE_CONTROL_SOCK"
+        tree: Tree
+        streams: Streams
+
+        def fits(self, command: Command, cwd: str) -> bool:
+            """Whether the command could not tell this one from its own."""
+
+        def start(self, command: Command, cwd: str) -> bool:
+            """Give it its work; False when it has ended, or cannot be told."""
+
+        def was_lost(self) -> bool:
+            """Once it has ended: whether that was while it waited, so that nothing of its work was done."""
+
+        def let_go(self) -> None:
+            """Its call is over. Tree and outputs are somebody else's now."""
+
+        def close(self) -> None:
+            """Also ends it, where it still waits."""
 
 
-class Waiting:
-    """One that waits. `start` or `close` it."""
+CALM = 0.025  # seconds in which nothing came, before the next are started: that must not slow the calls which follow
+_MOST_FAILURES = 3  # in a row, after which a kind is given up: what cannot wait here costs each call a useless start
 
-    def __init__(self, command: Command, tree: Tree, streams: Streams, control: socket.socket) -> None:
-        self._program = command.argv[0]
-        self._env = command.env
-        self.tree = tree
-        self.streams = streams
-        self._control = control
 
-    def fits(self, command: Command) -> bool:
-        return command.argv[0] == self._program and command.env == self._env
+class Kind:
+    """How to start one, and the least memory of a guest, in bytes, in which one may wait."""
 
-    def start(self, command: Command, cwd: str) -> bool:
-        """Give it its work; False when it has ended, or cannot be told."""
-        try:
-            order = json.dumps({"cwd": cwd, "args": command.argv[1:], "env": []}, ensure_ascii=False).encode()
-            self.streams.write_stdin(command.stdin)
-            self._control.sendall(order + b"\n")
-        except (UnicodeEncodeError, BrokenPipeError, ConnectionResetError):
-            return False
-        self._control.close()
-        self.tree.count()
-        return True
+    def __init__(self, launch: Callable[[Command, Spawner], Waiting | None], *, least_memory: int) -> None:
+        self.launch = launch
+        self.least_memory = least_memory
 
-    def was_killed_before(self) -> bool:
-        """Whether it ended by a signal, sent while it waited, and has read nothing of its work."""
-        status = self.tree.status
-        return status is not None and os.WIFSIGNALED(status) and not self.streams.has_been_read()
 
-    def close(self) -> None:
-        self._control.close()
-        self.streams.close()
-        self.tree.close()
+KINDS = {
+    "bash": Kind(ahead_bash.launch, least_memory=0),  # takes 2 MiB
+    # Takes about 10 MiB, and what else it shows as used is mapped from its file, which memory.py does not count.
+    "deno": Kind(ahead_deno.launch, least_memory=256 << 20),
+}
+
+
+class Slot:
+    """The place of one that waits."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.waiting: Waiting | None = None
+        self.model: Command | None = None  # what the next one is expected to be like
+        self.is_wanted = False
+        self.failures = 0
 
 
 class Ahead:
-    """May be used by any thread; one of its own, which the first script makes, replaces what was taken."""
+    """Methods may be called from any thread."""
 
-    def __init__(self, spawner: Spawner, *, memory: int) -> None:
-        """`memory` is the guest's, in bytes."""
+    def __init__(self, spawner: Spawner, loop: Loop, workers: Workers, *, memory: int) -> None:
+        """`memory` is the guest's, in bytes; with 0 nothing is ever started ahead."""
         self._spawner = spawner
-        self._has_room = memory >= LEAST_MEMORY
+        self._loop = loop
+        self._workers = workers
+        self._slots = {name: Slot(kind) for name, kind in KINDS.items() if memory and memory >= kind.least_memory}
         self._lock = threading.Lock()
-        self._waiting: Waiting | None = None
-        self._model: Command | None = None  # what the next one is expected to be like
-        self._wanted = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._open = 0  # calls
+        self._has_rested = False  # the server, while a call was open
+        self._is_filling = False
+        loop.at_rest(CALM, self._on_rest)
+
+    @contextmanager
+    def call(self, command: Command) -> Iterator[None]:
+        """While a command runs nothing is started; some time afterwards one waits for the next of its kind."""
+        with self._lock:
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
+                self._expect(command)
 
     def take(self, command: Command, cwd: str) -> Waiting | None:
         """One that is at work on the command, or None: then it has to be started as any other."""
-        if not command.may_wait:
+        slot = self._slots.get(command.ahead or "")
+        if slot is None:
             return None
         with self._lock:
-            waiting = self._waiting
-            if waiting is None or not waiting.fits(command):
+            waiting = slot.waiting
+            if waiting is None or not waiting.fits(command, cwd):
                 return None
-            self._waiting = None
+            slot.waiting = None
         if waiting.start(command, cwd):
             return waiting
         waiting.close()
         return None
 
-    def expect(self, command: Command) -> None:
-        """Such a command has been run; have one wait for the next of its kind."""
-        if not command.may_wait or not self._has_room:
-            return
+    def answered(self) -> None:
+        """A call has been answered. (What its end brings about has to wait for that.)"""
         with self._lock:
-            self._model = command
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="ahead", daemon=True)
-                self._thread.start()
-        self._wanted.set()
+            has_rested, self._has_rested = self._has_rested, False
+        if has_rested:
+            self._loop.nudge()
 
-    def _run(self) -> None:
-        while True:
-            self._wanted.wait()
-            self._wanted.clear()
-            self._wait_for_calm()
-            try:
-                self._fill()
-            except CallFailed:
-                continue  # no room for another process now; the next script asks again
-            except Exception as error:
-                report(error)
+    def _expect(self, command: Command) -> None:
+        """Have one wait for a command like this. The lock is held."""
+        slot = self._slots.get(command.ahead or "")
+        if slot is not None and slot.failures < _MOST_FAILURES:
+            slot.model, slot.is_wanted = command, True
 
-    def _wait_for_calm(self) -> None:
-        while True:
-            started = self._spawner.started
-            time.sleep(_CALM)
-            if self._spawner.live == 0 and self._spawner.started == started:
+    def _on_rest(self) -> None:
+        with self._lock:
+            if self._open:
+                self._has_rested = True
                 return
+            if self._is_filling or not any(slot.is_wanted for slot in self._slots.values()):
+                return
+            self._is_filling = True
+        try:
+            self._workers.run(self._fill)
+        except RuntimeError:  # no room for a thread now
+            self._is_filling = False
 
     def _fill(self) -> None:
-        with self._lock:
-            model = self._model
-            if self._waiting is not None or model is None:
-                return
-        waiting = _launch(model, self._spawner)
-        with self._lock:
-            self._waiting = waiting
-
-
-def _launch(model: Command, spawner: Spawner) -> Waiting | None:
-    """One that listens, and is connected; None where it ended instead."""
-    place = f"{_PLACE}/.{os.urandom(16).hex()}"
-    streams = Streams(None, channel=True)
-    try:
-        order = ("execute", [model.argv[0]], model.env | {VARIABLE: f"unix:{place}"}, "/")
-        tree = spawner.start(order, streams.theirs, counted=False)
-        spawner.refill()
-    except BaseException:
-        streams.close()
-        raise
-    try:
-        streams.hand_over(all_but_stdin=True)
-        control = _connect(place, tree)
-        if control is not None:
-            return Waiting(model, tree, streams, control)
-    except BaseException:
-        streams.close()
-        tree.close()
-        raise
-    streams.close()
-    tree.close()
-    return None
-
-
-def _connect(place: str, tree: Tree) -> socket.socket | None:
-    poll = select.poll()
-    poll.register(tree.control, select.POLLIN)
-    deadline = time.monotonic() + _PATIENCE
-    while not poll.poll(_LOOK_MS):  # else it has ended
+        """Counted like a call's processes meanwhile, so that nobody takes the guest for idle and freezes it."""
+        self._spawner.count(1)
         try:
-            return _dial(place)
-        except (FileNotFoundError, ConnectionRefusedError):  # not made yet, not listening yet
-            if time.monotonic() > deadline:
-                return None
-    return None
+            self._fill_slots()
+        finally:
+            self._spawner.count(-1)
+            with self._lock:
+                self._is_filling = False
 
+    def _fill_slots(self) -> None:
+        for slot in self._slots.values():
+            with self._lock:
+                is_missing = slot.is_wanted and slot.waiting is None
+                slot.is_wanted, model = False, slot.model
+            if is_missing and model is not None:
+                waiting = self._launch(slot.kind, model)
+                with self._lock:
+                    slot.waiting = waiting
+                    slot.failures = 0 if waiting is not None else slot.failures + 1
 
-def _dial(place: str) -> socket.socket | None:
-    """Connect to the very socket that was looked at: what the user puts in its place may lead to the agent's own."""
-    fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISSOCK(found.st_mode) or found.st_uid != USER:
+    def _launch(self, kind: Kind, model: Command) -> Waiting | None:
+        try:
+            return kind.launch(model, self._spawner)
+        except CallFailed:
+            return None  # no room for another process now
+        except Exception as error:
+            report(error)
             return None
-        control = socket.socket(socket.AF_UNIX)
-        try:
-            control.connect(f"/proc/self/fd/{fd}")
-        except BaseException:
-            control.close()
-            raise
-    finally:
-        os.close(fd)
-    with contextlib.suppress(FileNotFoundError):  # the user may remove it
-        os.unlink(place)
-    return control

@@ -45,10 +45,10 @@ class Command:
     """A program to execute as the user.
 
     `cwd` is as the caller gave it and is checked before use. `cleanup` runs in the server when the program has ended.
-    `may_wait` says that a program started ahead of the call does as well, see ahead.py.
+    `ahead` names the kind of program that, started ahead of the call, does as well; see ahead.py.
     """
 
-    __slots__ = ("argv", "channel", "cleanup", "cwd", "env", "may_wait", "stdin")
+    __slots__ = ("ahead", "argv", "channel", "cleanup", "cwd", "env", "stdin")
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Command:
         stdin: bytes = b"",
         channel: Channel | None = None,
         cleanup: Callable[[], None] | None = None,
-        may_wait: bool = False,
+        ahead: str | None = None,
     ) -> None:
         self.argv = argv
         self.env = DEFAULT_ENV | env
@@ -67,4 +67,4 @@ class Command:
         self.stdin = stdin
         self.channel = channel
         self.cleanup = cleanup
-        self.may_wait = may_wait
+        self.ahead = ahead

@@ -47,7 +47,7 @@ def launch(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> in
 def _launch(argv: list[str], env: dict[str, str], cwd: str, fds: list[int]) -> int:
     listening, telling = os.pipe2(os.O_CLOEXEC)
     try:
-        with _UsersIdentity():
+        with as_user():
             pid = _vfork(argv, env, cwd, fds, listening, telling)
     except BaseException:
         os.close(listening)
@@ -105,7 +105,7 @@ def no_directory(cwd: str, errno: int) -> CallFailed:
     return CallFailed("path_not_found", f"cannot work in {cwd}: {os.strerror(errno)}")
 
 
-class _UsersIdentity:
+class as_user:  # noqa: N801  (read as a function)
     """While it is entered, what is forked is the user's. The saved id is the way back; execution forgets it.
 
     Meanwhile other processes of the user can end this one by a signal, as they could end the program itself. They

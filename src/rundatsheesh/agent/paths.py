@@ -36,6 +36,8 @@ def inside_workspace(path: str) -> str:
 
 def directory_inside_workspace(path: str) -> str:
     """As inside_workspace, for a directory to work in."""
+    if canonical(path) == WORKSPACE:
+        return WORKSPACE  # a mount, which nobody in here can move
     real = inside_workspace(path)
     if not os.path.isdir(real):
         raise CallFailed("path_not_found", f"{path} is not a directory")

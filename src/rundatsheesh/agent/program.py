@@ -24,7 +24,8 @@ _MOST_DESCRIPTORS = 8
 def send_job(job: socket.socket, order: tuple[Any, ...], fds: list[int]) -> None:
     """Hand a work order and its descriptors (0, 1, 2, ... of the program) to a supervisor.
 
-    ("execute", argv, env, cwd) or ("call", module, function, parameters, descriptor).
+    ("execute", argv, env, cwd), ("await", argv, env, cwd) for a program that waits until its last argument is known, or
+    ("call", module, function, parameters, descriptor).
     """
     body = marshal.dumps(order)
     descriptors.send(job, len(body).to_bytes(4, "big"), fds)

@@ -113,7 +113,7 @@ class Run:
         try:
             tree = self._start(cwd)
             self._pump(tree)
-            if self._waiting is not None and self._waiting.was_killed_before() and not self._timed_out:
+            if self._waiting is not None and self._waiting.was_lost() and not self._timed_out:
                 tree = None
                 self._give_up_waiting()
                 tree = self._start(cwd)
@@ -256,7 +256,7 @@ class Run:
         if self._command.cleanup is not None:
             self._command.cleanup()
         if self._waiting is not None:
-            self._waiting.streams.hand_over()
+            self._waiting.let_go()
         channel = [fd for fd, stream in self._streams.items() if stream == wire.RESULT]
         for fd in channel:
             del self._streams[fd]

@@ -55,7 +55,7 @@ def prepare(params: dict[str, Any]) -> Command:
         cwd=WORKSPACE,
         stdin=b"" if code is None else _encode(code),
         channel=Report(limit, _LOAD_FAILURES[params["language"]]),
-        may_wait=_may_wait(params),
+        ahead="deno" if _may_wait(params) else None,
     )
 
 

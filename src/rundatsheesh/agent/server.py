@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import socket
-import threading
 
 from . import identity, wire
 from .ahead import Ahead
@@ -19,6 +18,7 @@ from .memory import KernelsGuard, MemoryGuard
 from .run import Run
 from .spawner import Spawner
 from .transfer import Transfers
+from .workers import Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,12 +35,15 @@ class Server:
         self._options = options
         self._init = init
         self.loop = Loop()
+        self._workers = Workers()
         self._spawner = Spawner(self.loop, init)
         self._spawner.on_change = self._on_change
         self._guard = MemoryGuard(self._spawner) if options.engine == "gvisor" else KernelsGuard()
         self._transfers = Transfers(self._spawner, options.engine)
         # A clone of a Linux guest would share with its siblings what an interpreter took for random at its start.
-        self._ahead = Ahead(self._spawner, memory=self._guard.total if options.engine == "gvisor" else 0)
+        has_ahead = options.ahead and options.engine == "gvisor"
+        memory = self._guard.total if has_ahead else 0
+        self._ahead = Ahead(self._spawner, self.loop, self._workers, memory=memory)
         self._watchers: list[Watcher] = []
         # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
         self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
@@ -60,6 +63,7 @@ class Server:
     def prepare(self) -> None:
         """Have a supervisor waiting for the first call, and somebody to watch over what it does."""
         self._spawner.refill()
+        self._workers.prepare()
         self._guard.start()
 
     def hello(self) -> bytes:
@@ -85,7 +89,7 @@ class Server:
 
     def _start(self, handler: Callable[[Call, dict[str, Any]], dict[str, Any]], call: Call, params: Any) -> None:
         try:
-            threading.Thread(target=self._run, args=(handler, call, params), daemon=True).start()
+            self._workers.run(lambda: self._run(handler, call, params))
         except RuntimeError:  # the kernel has no room for another thread
             call.fail("guest_overloaded", "the guest cannot start another call")
 
@@ -101,10 +105,11 @@ class Server:
             call.fail("internal", f"{type(error).__name__} in the agent")
         finally:
             self._spawner.refill()
+            self._ahead.answered()
 
     def _exec(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
         argv = ["/bin/bash", "-lc", params["cmd"]]
-        command = Command(argv=argv, env=params["env"], cwd=params["cwd"])
+        command = Command(argv=argv, env=params["env"], cwd=params["cwd"], ahead="bash")
         return self._execute(call, command, params)
 
     def _script(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +119,8 @@ class Server:
 
     def _execute(self, call: Call, command: Command, params: dict[str, Any]) -> dict[str, Any]:
         limits = (params["timeout_ms"], params["max_output"])
-        try:
+        with self._ahead.call(command):
             return Run(call, command, self._spawner, self._ahead, self._guard, *limits).run()
-        finally:
-            self._ahead.expect(command)
 
     def _watch_processes(self, call: Call) -> None:
         self._watchers = [watcher for watcher in self._watchers if not watcher.call.cancelled]

@@ -12,7 +12,7 @@ from . import descriptors
 from .init import FORK as NEW_SUPERVISOR
 from .job import CallFailed
 from .program import read_failure, send_job
-from .supervisor import WORK, kill_message
+from .supervisor import WORK, kill_message, release_message
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Supervisors that wait for a call ahead of it; each costs memory, but saves the call a fork of the interpreter.
 SPARE = 1
+# Those that are kept after a call: the next to be started ahead needs one without a call, too.
+_KEPT = SPARE + 1
 _READ = 1 << 16
 
 
@@ -80,6 +82,11 @@ class Tree:
             self._supervisor.control.send(kill_message(self._round))
         except OSError:
             return  # the supervisor has ended, and with it all below it
+
+    def release(self, argument: bytes, fd: int) -> None:
+        """Give a program that awaits it its last argument, and say so on the socket `fd`. Raises OSError where its
+        supervisor is gone."""
+        descriptors.send(self._supervisor.control, release_message(self._round, argument), [fd])
 
     def read(self) -> None:
         """Take the supervisor's next report; blocks until there is one."""
@@ -160,7 +167,7 @@ class Spawner:
     def reuse(self, supervisor: Supervisor) -> None:
         """A supervisor without children is kept for the next call where none is."""
         with self._lock:
-            if len(self._idle) < SPARE:
+            if len(self._idle) < _KEPT:
                 self._idle.append(supervisor)
                 return
         supervisor.control.close()

@@ -6,6 +6,8 @@ last one lives. Its `control` socket (packets) leads to the server, which sends
 
     WORK with a descriptor   a round: do the work whose order comes on that `job` socket (see program.py)
     KILL and the round       end everything below; a round that is over is left alone
+    RELEASE and the round    with an argument and a descriptor: give a program that waits for it its last argument, and
+                             say so on that socket
 
 and receives (round, wait status of the program or None, whether nothing is left). End of file, in either direction,
 means that the other end is gone, and takes what is below along.
@@ -19,11 +21,11 @@ import select
 import signal
 import socket
 
-from . import libc
+from . import foreign, libc
 from .console import say
 from .descriptors import receive
 from .job import CallFailed
-from .launch import become_launcher, launch
+from .launch import as_user, become_launcher, launch
 from .program import become_program, receive_job, send_job, tell_failure
 from .signals import Waiter
 from .sweep import sweep
@@ -34,12 +36,19 @@ if TYPE_CHECKING:
 
 WORK = b"W"
 KILL = b"K"
+RELEASE = b"R"
 
 _SWEEP_WAIT_MS = 20
+_HEAD = 5  # bytes of a message before its argument
+_MESSAGE = 8192
 
 
 def kill_message(round_: int) -> bytes:
     return KILL + round_.to_bytes(4, "big")
+
+
+def release_message(round_: int, argument: bytes) -> bytes:
+    return RELEASE + round_.to_bytes(4, "big") + argument
 
 
 class Supervisor:
@@ -50,6 +59,7 @@ class Supervisor:
         self._program = 0  # pid, 0 once it is reaped
         self._status: int | None = None  # of the program, until it is reported
         self._busy = False  # whether the round has something left
+        self._argument = (0, 0)  # address and length of a waiting program's last argument
 
     def run(self) -> None:
         """Return when the server is gone and nothing is left below this process."""
@@ -68,7 +78,7 @@ class Supervisor:
     def _on_control(self) -> bool:
         """Whether the server is still there."""
         try:
-            message, fds = receive(self._control, 16, 1)
+            message, fds = receive(self._control, _MESSAGE, 1)
         except ConnectionResetError:
             return False
         if message == WORK:
@@ -77,6 +87,10 @@ class Supervisor:
                 self._work(job)
         elif message == kill_message(self._round):
             self._kill()
+        elif message.startswith(RELEASE):
+            with socket.socket(fileno=fds[0]) as waiting:
+                if message[:_HEAD] == release_message(self._round, b"") and self._program:
+                    self._release(message[_HEAD:], waiting)
         return message != b""
 
     def _work(self, job: socket.socket) -> None:
@@ -86,6 +100,8 @@ class Supervisor:
         self._busy = True
         try:
             self._program = self._start(job, order, fds)
+            if order[0] == "await":
+                self._find_argument(os.fsencode(order[1][-1]))
         except Exception as error:
             tell_failure(job, order[0], error)
         finally:
@@ -94,7 +110,7 @@ class Supervisor:
 
     def _start(self, job: socket.socket, order: tuple[Any, ...], fds: list[int]) -> int:
         kind, *details = order
-        if kind == "execute":
+        if kind in ("execute", "await"):
             argv, env, cwd = details
             try:
                 return launch(argv, env, cwd, fds)
@@ -114,6 +130,26 @@ class Supervisor:
             self._control.close()
             become_program(job, order, fds)
         return pid
+
+    def _find_argument(self, argument: bytes) -> None:
+        try:
+            with as_user():
+                self._argument = (foreign.find_argument(self._program, argument), len(argument))
+        except (OSError, LookupError):
+            self._kill()  # it could never be released
+            raise
+
+    def _release(self, argument: bytes, waiting: socket.socket) -> None:
+        """Have the program go on with this argument; where that cannot be, it ends before it has done anything."""
+        address, size = self._argument
+        try:
+            os.kill(self._program, signal.SIGCONT)  # the user may have stopped it
+            with as_user():
+                foreign.write(self._program, address, argument.ljust(size + 1, b"\0"))
+            waiting.send(b"\n")
+        except OSError as error:
+            say(f"a program that waited cannot go on: {error}")
+            self._kill()
 
     def _kill(self) -> None:
         if self._program:  # unreaped, so its group is its own; mostly that is everybody
