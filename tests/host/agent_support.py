@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import shutil
 import subprocess
@@ -66,6 +67,12 @@ class RunningAgent:
 
     def log(self) -> str:
         return (self.directory / "log").read_text(errors="replace")
+
+    def complaints(self) -> list[str]:
+        """Lines of its log, but for the ends of supervisors that a `kill -9 -1` of the user's met while they had the
+        user's identity, see agent/launch.py."""
+        lines = self.log().replace("\0", "").splitlines()
+        return [line for line in lines if not re.fullmatch(r"supervisor \d+ ended with wait status 9", line)]
 
     async def stream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Waits until the agent listens."""

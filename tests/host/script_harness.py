@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rundatsheesh.agent import paths, scripts
-from rundatsheesh.agent.ahead_deno import VARIABLE
+from rundatsheesh.agent.ahead_deno import VARIABLE, own_variables
 from rundatsheesh.agent.job import CHANNEL_FD, Command
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.settings import Settings
@@ -99,12 +99,13 @@ class Scripts:
         """A Deno that waits, with the command to it."""
         with tempfile.TemporaryDirectory() as directory:
             place = f"{directory}/control"
-            process = _execute(command.argv[:1], command.env | {VARIABLE: f"unix:{place}"}, Path("/"), channel)
+            own = own_variables(command) | {VARIABLE: f"unix:{place}"}
+            process = _execute(command.argv[:1], own, Path("/"), channel)
             with socket.socket(socket.AF_UNIX) as control:
                 while control.connect_ex(place):
                     assert process.poll() is None
                     time.sleep(0.005)
-                order = {"cwd": str(self.workspace), "args": command.argv[1:], "env": []}
+                order = {"cwd": str(self.workspace), "args": command.argv[1:], "env": list(command.given.items())}
                 control.sendall(json.dumps(order, ensure_ascii=False).encode() + b"\n")
         return process
 

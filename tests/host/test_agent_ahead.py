@@ -156,4 +156,4 @@ async def test_calls_at_once_have_a_shell_each(guest: Guest) -> None:
 
 
 async def test_the_agent_had_nothing_to_complain_about(agent: RunningAgent) -> None:
-    assert agent.log() == ""
+    assert agent.complaints() == []

@@ -133,13 +133,40 @@ async def test_one_that_waited_and_was_killed_is_not_missed(agent: RunningAgent)
         got = await script(guest, "result.set(1)", language="ts")
         assert (got.exit_code, got.stderr, got.result) == (0, "", 1)
         assert await waiting(guest)
-        assert agent.log() == ""
+        assert agent.complaints() == []
 
 
-@pytest.mark.parametrize("fields", [{"env": {"A": "b"}}, {"flags": ("--v8-flags=--stack-size=500",)}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"env": {"LANG": "de_DE.UTF-8"}},
+        {"env": {"NO_COLOR": "1"}},
+        {"env": {"HOME": "/tmp"}},
+        {"flags": ("--v8-flags=--stack-size=500",)},
+    ],
+)
 async def test_a_call_that_would_differ_starts_its_own(agent: RunningAgent, fields: dict[str, Any]) -> None:
     async with agent.guest() as guest:
         await script(guest, "1", language="ts")
         pid = await waiting(guest)
         got = await script(guest, "console.log(Deno.pid)", language="ts", **fields)
         assert got.exit_code == 0 and got.stdout.strip() != pid
+
+
+async def test_variables_reach_the_one_that_waits_and_nobody_else(agent: RunningAgent) -> None:
+    async with agent.guest() as guest:
+        await script(guest, "1", language="ts")
+        pid = await waiting(guest)
+        await asyncio.sleep(0.5)  # until it listens
+        code = "const {A, B} = Deno.env.toObject(); console.log(Deno.pid)"
+        got = await script(guest, code, language="ts", env={"A": "x=\n'\"ü", "B": ""})
+        assert got.error is not None and got.error["name"] == "NotCapable"
+        assert await waiting(guest) != pid
+        await asyncio.sleep(0.5)
+        code = "result.set([Deno.env.get('A'), Deno.env.get('B')]); Deno.env.get('HOME')"
+        got = await script(guest, code, language="ts", env={"A": "x=\n'\"ü", "B": ""})
+        assert got.result == ["x=\n'\"ü", ""] and got.error["name"] == "NotCapable"
+        await waiting(guest)
+        await asyncio.sleep(0.5)
+        got = await script(guest, "result.set(Deno.env.get('A') ?? null)", language="ts", env={"B": "c"})
+        assert got.error is not None and got.error["name"] == "NotCapable"

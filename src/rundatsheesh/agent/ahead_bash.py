@@ -40,7 +40,7 @@ class WaitingBash:
     def fits(self, command: Command, cwd: str) -> bool:
         return (
             command.argv[:-1] == SHELL
-            and command.env == DEFAULT_ENV
+            and not command.given
             and cwd == WORKSPACE
             and len(os.fsencode(command.argv[-1])) <= ROOM
         )

@@ -1,7 +1,8 @@
 """A Deno that is started before the script that it will run is known, see ahead.py.
 
 Deno itself offers that: told of a control socket, it sets its engine up and then waits there for its arguments. All
-that a call decides (arguments, permissions, configuration files, the program) is read after that.
+that a call decides (arguments, permissions, configuration files, variables, the program) is read after that. Variables
+that could be for its engine, or that it has already, make a call start its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ _LOOK_MS = 10  # between two looks for its socket
 _PATIENCE = 20.0  # seconds for it to listen; a tenth of one on an idle host
 _PLACE = "/tmp"  # of the socket, while it is not connected yet
 VARIABLE = "DENO_UNSTABLE_CONTROL_SOCK"
+# How the names of variables begin that the engine, its libraries or the loader may have looked at.
+_FOR_THE_ENGINE = (
+    *("DENO", "V8", "NODE", "NPM", "UV_", "RUST", "TOKIO", "LD_", "GLIBC", "MALLOC", "ICU", "LANG", "LC_", "TZ"),
+    *("NO_COLOR", "FORCE_COLOR", "COLOR", "CLICOLOR", "XDG_", "SSL", "OTEL", "HTTP", "http", "ALL_PROXY", "all_proxy"),
+    *("NO_PROXY", "no_proxy", "CI", "JSR", "TS_"),
+)
+
+
+def own_variables(command: Command) -> dict[str, str]:
+    """What every command of the kind has."""
+    return {name: value for name, value in command.env.items() if name not in command.given}
 
 
 class WaitingDeno:
@@ -32,17 +44,22 @@ class WaitingDeno:
 
     def __init__(self, command: Command, tree: Tree, streams: Streams, control: socket.socket) -> None:
         self._program = command.argv[0]
-        self._env = command.env
+        self._env = own_variables(command)
         self.tree = tree
         self.streams = streams
         self._control = control
 
     def fits(self, command: Command, cwd: str) -> bool:
-        return command.argv[0] == self._program and command.env == self._env
+        return (
+            command.argv[0] == self._program
+            and own_variables(command) == self._env
+            and not any(name in self._env or name.startswith(_FOR_THE_ENGINE) for name in command.given)
+        )
 
     def start(self, command: Command, cwd: str) -> bool:
         try:
-            order = json.dumps({"cwd": cwd, "args": command.argv[1:], "env": []}, ensure_ascii=False).encode()
+            text = {"cwd": cwd, "args": command.argv[1:], "env": list(command.given.items())}
+            order = json.dumps(text, ensure_ascii=False).encode()
             self.streams.write_stdin(command.stdin)
             self._control.sendall(order + b"\n")
         except (UnicodeEncodeError, BrokenPipeError, ConnectionResetError):
@@ -69,7 +86,7 @@ def launch(model: Command, spawner: Spawner) -> WaitingDeno | None:
     place = f"{_PLACE}/.{os.urandom(16).hex()}"
     streams = Streams(None, channel=True)
     try:
-        order = ("execute", [model.argv[0]], model.env | {VARIABLE: f"unix:{place}"}, "/")
+        order = ("execute", [model.argv[0]], own_variables(model) | {VARIABLE: f"unix:{place}"}, "/")
         tree = spawner.start(order, streams.theirs, counted=False)
         spawner.refill()
     except BaseException:

@@ -7,7 +7,7 @@ from struct import pack
 
 from . import libc
 
-_STACK = 1 << 16  # bytes below its top in which arguments and environment are looked for
+_STACK = 1 << 14  # bytes below its top in which arguments and environment are looked for
 
 
 class _Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]  # it cannot be subscripted when it runs

@@ -44,17 +44,19 @@ class CallFailed(Exception):
 class Command:
     """A program to execute as the user.
 
-    `cwd` is as the caller gave it and is checked before use. `cleanup` runs in the server when the program has ended.
-    `ahead` names the kind of program that, started ahead of the call, does as well; see ahead.py.
+    `cwd` is as the caller gave it and is checked before use. `given` are those of the variables that are the caller's.
+    `cleanup` runs in the server when the program has ended. `ahead` names the kind of program that, started ahead of the
+    call, does as well; see ahead.py.
     """
 
-    __slots__ = ("ahead", "argv", "channel", "cleanup", "cwd", "env", "stdin")
+    __slots__ = ("ahead", "argv", "channel", "cleanup", "cwd", "env", "given", "stdin")
 
     def __init__(
         self,
         *,
         argv: list[str],
         env: dict[str, str],
+        given: dict[str, str] | None = None,
         cwd: str,
         stdin: bytes = b"",
         channel: Channel | None = None,
@@ -62,7 +64,8 @@ class Command:
         ahead: str | None = None,
     ) -> None:
         self.argv = argv
-        self.env = DEFAULT_ENV | env
+        self.given = given or {}
+        self.env = DEFAULT_ENV | env | self.given
         self.cwd = cwd
         self.stdin = stdin
         self.channel = channel

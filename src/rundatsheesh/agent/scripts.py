@@ -51,7 +51,8 @@ def prepare(params: dict[str, Any]) -> Command:
     argv, env = build(params, source, limit)
     return Command(
         argv=[*argv, source, *params["args"]],
-        env=env | params["env"],
+        env=env,
+        given=params["env"],
         cwd=WORKSPACE,
         stdin=b"" if code is None else _encode(code),
         channel=Report(limit, _LOAD_FAILURES[params["language"]]),
@@ -60,9 +61,9 @@ def prepare(params: dict[str, Any]) -> Command:
 
 
 def _may_wait(params: dict[str, Any]) -> bool:
-    """Whether a Deno that was started before the call is the same to it: flags and variables may be for its engine,
-    which is set up then, and the input of a program in a file is another device."""
-    return params["language"] == "ts" and params["code"] is not None and not params["flags"] and not params["env"]
+    """Whether a Deno that was started before the call is the same to it, but for variables (see ahead_deno.py): flags
+    may be for its engine, which is set up then, and the input of a program in a file is another device."""
+    return params["language"] == "ts" and params["code"] is not None and not params["flags"]
 
 
 def _deno(params: dict[str, Any], source: str, limit: int) -> tuple[list[str], dict[str, str]]:

@@ -109,7 +109,7 @@ class Server:
 
     def _exec(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
         argv = ["/bin/bash", "-lc", params["cmd"]]
-        command = Command(argv=argv, env=params["env"], cwd=params["cwd"], ahead="bash")
+        command = Command(argv=argv, env={}, given=params["env"], cwd=params["cwd"], ahead="bash")
         return self._execute(call, command, params)
 
     def _script(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
