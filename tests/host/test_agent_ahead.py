@@ -23,7 +23,7 @@ COMMANDS = {
     "options": "set -o; shopt; echo $-; umask; ulimit -a",
     "arguments": "echo $0 $# \"$@\"; tr -s '\\0' '\\n' < /proc/$$/cmdline; readlink /proc/$$/exe",
     "environment": "tr '\\0' '\\n' < /proc/$$/environ; env",
-    "descriptors": "ls -l /proc/$$/fd | awk '{print $9, $10, $11}' | sed 's/[0-9]*]//; s/proc.[0-9]*//'",
+    "descriptors": "ls -l /proc/$$/fd > ~/fds; sed -n 's/.* \\([0-9]* -> .[a-z]*\\).*/\\1/p' ~/fds; rm ~/fds",
     "status": "grep -E '^(Name|State|Uid|Gid|Groups|Threads|NoNewPrivs|Sig|Shd|Cap|Seccomp)' /proc/$$/status",
     "session": "ps -o pid=,pgid=,sid= -p $$ | awk '{print ($1 == $2), ($2 == $3)}'; pwd; pwd -P; echo ${OLDPWD-no}",
     "the last argument": 'echo "$_"; echo "$BASH_EXECUTION_STRING"; echo ${FUNCNAME-} $BASH_SUBSHELL ${BASH_SOURCE-}',

@@ -45,8 +45,8 @@ class Command:
     """A program to execute as the user.
 
     `cwd` is as the caller gave it and is checked before use. `given` are those of the variables that are the caller's.
-    `cleanup` runs in the server when the program has ended. `ahead` names the kind of program that, started ahead of the
-    call, does as well; see ahead.py.
+    `cleanup` runs in the server when the program has ended. `ahead` names the kind of program that does as well when it
+    was started ahead of the call; see ahead.py.
     """
 
     __slots__ = ("ahead", "argv", "channel", "cleanup", "cwd", "env", "given", "stdin")
