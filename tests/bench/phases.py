@@ -76,7 +76,7 @@ async def calls(bench: Bench, box: Box, guest: Guest, seconds: float) -> None:
     async with bare.standing(bench.runsc) as sandbox:
         contenders = [
             *[over_http.call(box, "exec", "exec", cmd="true"), channel.exec_true(guest)] * CALLS_A_TURN,
-            over_http.rested_exec(box),
+            over_http.rested(box, "exec_rested", "exec", cmd="true"),
             bare.exec_true(sandbox),
         ]
         await in_turns(bench.results, contenders, rounds=bench.rounds, seconds=seconds)

@@ -54,10 +54,18 @@ def prepare_scripts(box: Box) -> None:
     box.run("exec", cmd='printf %s "$TS" >hello.ts; printf %s "$JS" >hello.js', env=_SOURCES)
 
 
+def exec_calls(box: Box) -> list[Contender]:
+    return [
+        over_http.call(box, "exec", "exec", cmd="true"),
+        over_http.rested(box, "exec_rested", "exec", cmd="true"),
+    ]
+
+
 def script_calls(box: Box) -> list[Contender]:
     """run-ts and run-js beside the bare runtimes in the same VM."""
     return [
         over_http.call(box, "run_ts", "run-ts", code=over_http.HELLO_TS),
+        over_http.rested(box, "run_ts_rested", "run-ts", code=over_http.HELLO_TS),
         over_http.inside(box, "bare_deno", "deno run --no-prompt --quiet hello.ts"),
         over_http.call(box, "run_js", "run-js", code=over_http.HELLO_JS),
         over_http.inside(box, "bare_node", "node hello.js"),
@@ -79,7 +87,7 @@ def prepare_transfers(box: Box) -> list[Contender]:
 
 def _calls(box: Box) -> list[Contender]:
     prepare_scripts(box)
-    return [over_http.call(box, "exec", "exec", cmd="true"), over_http.rested_exec(box), *script_calls(box)]
+    return [*exec_calls(box), *script_calls(box)]
 
 
 _SOURCES = {"TS": over_http.HELLO_TS, "JS": over_http.HELLO_JS}

@@ -47,9 +47,9 @@ def call(box: Box, key: str, verb: str, **fields: Any) -> Contender:
     return _contender(measure)
 
 
-def rested_exec(box: Box) -> Contender:
-    """After a pause as people make it; the VM may have been frozen meanwhile."""
-    contender = call(box, "exec_rested", "exec", cmd="true")
+def rested(box: Box, key: str, verb: str, **fields: Any) -> Contender:
+    """After a pause as people and models make it; the VM may have been frozen meanwhile."""
+    contender = call(box, key, verb, **fields)
 
     async def measure() -> Mapping[str, float]:
         await asyncio.sleep(REST)
