@@ -11,6 +11,7 @@ import pytest_asyncio
 from agent_support import RunningAgent, agent_on, sh
 
 from rundatsheesh.agent.ahead_bash import ROOM
+from rundatsheesh.manager.errors import NotFound
 from rundatsheesh.manager.guest import Guest
 
 OWN = {"OWN": "x"}  # a call with a variable starts its own shell, and leaves the one that waits alone
@@ -140,12 +141,39 @@ async def test_its_background_jobs_live_on(guest: Guest) -> None:
     )
 
 
-async def test_another_directory_and_its_own_variables_start_a_shell_of_their_own(guest: Guest) -> None:
+async def test_a_call_with_variables_starts_a_shell_of_its_own(guest: Guest) -> None:
     pid = await waiting(guest)
-    await sh(guest, "mkdir -p d", env=OWN)
-    for more in ({"cwd": "/workspace/d"}, {"env": {"A": "b"}}):
-        assert (await sh(guest, "echo $$", **more)).stdout.strip() != pid
+    assert (await sh(guest, "echo $$ $A", env={"A": "b"})).stdout.strip() != pid
     assert (await sh(guest, "echo $$", cwd="/home/user")).stdout.strip() == pid
+
+
+@pytest.mark.parametrize("name", ["d", "a b", "-P", "$HOME `x` 'ü\\", "link", "new\nline", "d/" * 600])
+async def test_it_goes_where_the_call_wants_it(guest: Guest, plain: RunningAgent, name: str) -> None:
+    command = "pwd; pwd -P; declare -p PWD OLDPWD; readlink /proc/$$/cwd; cd .. && echo $OLDPWD"
+    make = 'mkdir -p "$DIRECTORY" d; ln -sfn d link'
+    async with plain.guest() as other:
+        for each in (guest, other):
+            await sh(each, make, env={"DIRECTORY": "d" if name == "link" else f"./{name}"})
+        expected = await sh(other, command, cwd=f"/workspace/{name}")
+        pid = await waiting(guest)
+        seen = await sh(guest, f"{command}; echo $$", cwd=f"/workspace/{name}")
+        shown, own = seen.stdout.rsplit("\n", 2)[:2]
+        assert (shown + "\n", seen.stderr) == (expected.stdout, expected.stderr)
+        assert (own == pid) == (len(name) < 100 and "\n" not in name)
+
+
+async def test_a_directory_that_nobody_may_enter_is_told(guest: Guest, plain: RunningAgent) -> None:
+    async with plain.guest() as other:
+        told = []
+        for each in (other, guest):
+            await sh(each, "mkdir -p closed; chmod 0 closed", env=OWN)
+            if each is guest:
+                await waiting(guest)
+            with pytest.raises(NotFound) as refused:
+                await sh(each, "pwd", cwd="/workspace/closed")
+            told.append(refused.value.message)
+            await sh(each, "rmdir closed", env=OWN)
+        assert told[0] == told[1]
 
 
 async def test_calls_at_once_have_a_shell_each(guest: Guest) -> None:

@@ -2,7 +2,8 @@
 
 It is `bash -lc ARGUMENT` like any other, with a long ARGUMENT that says to the guest's /etc/profile (build/recipe.py)
 to wait, before anything of the user's is read. When the call comes, the shell's supervisor writes the command where the
-argument is in its memory; bash, which looks at it after the profiles only, then does what it always does. So error
+argument is in its memory, and tells it the directory; bash, which looks at the argument after the profiles only, then
+does what it always does. So error
 messages, `$-`, the last command's execution in the shell's place and all else are those of a shell of the call's own.
 What can be told: its arguments in /proc end in more than one NUL, and `declare -p` shows that SECONDS was set.
 """
@@ -26,6 +27,7 @@ SHELL = ["/bin/bash", "-lc"]
 ROOM = 4096  # bytes for a command; a longer one starts its own shell
 # What /etc/profile looks for. As a command it does nothing.
 ARGUMENT = ": a shell that waits for its command".ljust(ROOM)
+_LONGEST_PATH = 1024
 _PATIENCE = 20_000  # milliseconds for it to come to its wait; some twenty on an idle host
 
 
@@ -41,13 +43,15 @@ class WaitingBash:
         return (
             command.argv[:-1] == SHELL
             and not command.given
-            and cwd == WORKSPACE
+            and "\n" not in cwd
+            and len(os.fsencode(cwd)) <= _LONGEST_PATH
             and len(os.fsencode(command.argv[-1])) <= ROOM
         )
 
     def start(self, command: Command, cwd: str) -> bool:
         try:
-            self.tree.release(os.fsencode(command.argv[-1]), self._control.fileno())
+            line = b"" if cwd == WORKSPACE else os.fsencode(cwd)
+            self.tree.release(os.fsencode(command.argv[-1]), line, self._control.fileno())
         except OSError:
             return False
         self.tree.count()

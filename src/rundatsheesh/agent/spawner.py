@@ -83,10 +83,10 @@ class Tree:
         except OSError:
             return  # the supervisor has ended, and with it all below it
 
-    def release(self, argument: bytes, fd: int) -> None:
-        """Give a program that awaits it its last argument, and say so on the socket `fd`. Raises OSError where its
-        supervisor is gone."""
-        descriptors.send(self._supervisor.control, release_message(self._round, argument), [fd])
+    def release(self, argument: bytes, line: bytes, fd: int) -> None:
+        """Give a program that awaits it its last argument, and then the line on the socket `fd`. Raises OSError where
+        its supervisor is gone."""
+        descriptors.send(self._supervisor.control, release_message(self._round, argument, line), [fd])
 
     def read(self) -> None:
         """Take the supervisor's next report; blocks until there is one."""

@@ -6,8 +6,8 @@ last one lives. Its `control` socket (packets) leads to the server, which sends
 
     WORK with a descriptor   a round: do the work whose order comes on that `job` socket (see program.py)
     KILL and the round       end everything below; a round that is over is left alone
-    RELEASE and the round    with an argument and a descriptor: give a program that waits for it its last argument, and
-                             say so on that socket
+    RELEASE and the round    with a descriptor: give a program that waits for it its last argument, and a line on that
+                             socket
 
 and receives (round, wait status of the program or None, whether nothing is left). End of file, in either direction,
 means that the other end is gone, and takes what is below along.
@@ -39,7 +39,7 @@ KILL = b"K"
 RELEASE = b"R"
 
 _SWEEP_WAIT_MS = 20
-_HEAD = 5  # bytes of a message before its argument
+_HEAD = 5  # bytes of a message that say what it is, and of which round
 _MESSAGE = 8192
 
 
@@ -47,8 +47,8 @@ def kill_message(round_: int) -> bytes:
     return KILL + round_.to_bytes(4, "big")
 
 
-def release_message(round_: int, argument: bytes) -> bytes:
-    return RELEASE + round_.to_bytes(4, "big") + argument
+def release_message(round_: int, argument: bytes, line: bytes) -> bytes:
+    return RELEASE + round_.to_bytes(4, "big") + marshal.dumps((argument, line))
 
 
 class Supervisor:
@@ -89,8 +89,9 @@ class Supervisor:
             self._kill()
         elif message.startswith(RELEASE):
             with socket.socket(fileno=fds[0]) as waiting:
-                if message[:_HEAD] == release_message(self._round, b"") and self._program:
-                    self._release(message[_HEAD:], waiting)
+                if int.from_bytes(message[1:_HEAD], "big") == self._round and self._program:
+                    argument, line = marshal.loads(message[_HEAD:])
+                    self._release(argument, line, waiting)
         return message != b""
 
     def _work(self, job: socket.socket) -> None:
@@ -139,14 +140,14 @@ class Supervisor:
             self._kill()  # it could never be released
             raise
 
-    def _release(self, argument: bytes, waiting: socket.socket) -> None:
+    def _release(self, argument: bytes, line: bytes, waiting: socket.socket) -> None:
         """Have the program go on with this argument; where that cannot be, it ends before it has done anything."""
         address, size = self._argument
         try:
             os.kill(self._program, signal.SIGCONT)  # the user may have stopped it
             with as_user():
                 foreign.write(self._program, address, argument.ljust(size + 1, b"\0"))
-            waiting.send(b"\n")
+            waiting.send(line + b"\n")
         except OSError as error:
             say(f"a program that waited cannot go on: {error}")
             self._kill()

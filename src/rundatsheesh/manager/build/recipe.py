@@ -83,16 +83,19 @@ PROFILE = f"""\
 # Login shells start for every command, so nothing here forks. A PATH that the caller chose is kept; those that bash,
 # Debian's login and its /etc/profile give to whoever chose none are not.
 #
-# A shell that was started ahead of its command (agent/ahead_bash.py) says so, waits here, says that it goes on, and
-# finds its command where its argument was. From then on it is as if it had been started with it just now.
+# A shell that was started ahead of its command (agent/ahead_bash.py) says so, waits here for its directory, says that
+# it goes on, and finds its command where its argument was. From then on it is as if it had been started just now.
 case "${{BASH_EXECUTION_STRING-}}" in ": a shell that waits for its command "*)
-  {{
-    printf w >&3 && read -r -n 1 -u 3 && printf g >&3
+  if printf w >&3; then
+    read -r -u 3 || exit
+    [ -z "$REPLY" ] || cd -P -- "$REPLY" || exit
+    printf g >&3
     exec 3>&-
     mapfile -d "" -t REPLY < /proc/self/cmdline
     BASH_EXECUTION_STRING=${{REPLY[2]}} SECONDS=0
-    unset REPLY
-  }} 2>/dev/null
+    unset REPLY OLDPWD
+    export OLDPWD
+  fi 2>/dev/null
   ;;
 esac
 case "${{PATH-}}" in
