@@ -91,6 +91,7 @@ def enter_empty_root() -> None:
     """Leave the host's files behind. What remains is a read-only root with a place for the workspace."""
     libc.must("mount", b"none", _EMPTY_ROOT, b"tmpfs", libc.MS_NOSUID | libc.MS_NODEV, b"size=16k,nr_inodes=8,mode=755")
     os.chdir(_EMPTY_ROOT)
+    os.umask(0o022)  # the user looks things up here, whatever the manager's is
     os.mkdir(WORKSPACE[1:])
     os.mkdir(os.path.dirname(ALIAS)[1:])
     os.symlink(WORKSPACE, ALIAS[1:])
