@@ -118,6 +118,7 @@ def _start_worker(control: socket.socket, fds: list[int]) -> None:
 def _work(fds: list[int]) -> NoReturn:
     """A worker's whole life. It says on the helper's stderr why it could not be confined, and is silent later."""
     status = 1
+    gc.disable()  # it ends before there is much to collect
     try:
         stream, tree, *groups = fds
         confine(stream, tree, groups)

@@ -34,6 +34,7 @@ _REFUSED_TYPES = {
     b"K": "link",
     b"S": "sparse file",
 }
+_EXTENSION_TYPES = (b"L", b"x", b"g")
 _NUMBER = re.compile(rb"[ ]*([0-7]+)[ \0]*|[ \0]*")
 _PAX_TIME = re.compile(rb"(-?)(\d{1,20})(?:\.(\d*))?")
 # Records that change which bytes make up an entry, or what it is, in some readers only.
@@ -147,13 +148,13 @@ class TarReader:
             return None
         if self._zero_blocks:
             raise refusal("trailing_data", "there is data after the end-of-archive mark")
-        _check_header(header)
-        kind = header[156:157]
-        if kind in (b"L", b"x", b"g"):
-            self._start_extension(kind, header)
+        rest = _rest(header[156:])
+        _check_header(header, rest)
+        if rest.kind in _EXTENSION_TYPES:
+            self._start_extension(rest.kind, header)
             return None
         extension, self._extension = self._extension, _NO_EXTENSION
-        entry = _entry(kind, header, extension, position)
+        entry = _entry(rest, header, extension, position)
         self._skipped = entry.size + -entry.size % BLOCK
         return entry
 
@@ -191,24 +192,42 @@ class TarReader:
         )
 
 
-def _check_header(header: bytes) -> None:
+def _check_header(header: bytes, rest: _Rest) -> None:
     recorded = _NUMBER.fullmatch(header[148:156])
-    # Most of a header is zeros, which are faster left out than added.
-    actual = sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * ord(" ")
+    actual = _sum(header[:148]) + 8 * ord(" ") + rest.sum
     if not recorded or not recorded[1] or int(recorded[1], 8) != actual:
         raise refusal("not_tar", "a header has a wrong checksum, so this is not a tar stream or it is damaged")
-    if header[257:265] not in (_POSIX_MAGIC, _GNU_MAGIC, _V7_MAGIC):
+    if rest.magic not in (_POSIX_MAGIC, _GNU_MAGIC, _V7_MAGIC):
         raise refusal("not_tar", "a header is of no known tar format")
     if header[508:512] == b"tar\0":
         raise refusal("not_tar", "the xstar format is not supported")
 
 
-def _entry(kind: bytes, header: bytes, extension: _Extension, start: int) -> TarEntry:
-    raw = _header_name(header) if extension.path is None else extension.path
-    if kind in _REFUSED_TYPES:
-        raise refusal("link" if kind in b"12K" else "special_file", f"a {_REFUSED_TYPES[kind]} is not allowed", raw)
-    if kind not in (b"0", b"\0", b"7", b"5"):
-        raise refusal("unknown_type", f"its type {printable(kind)} is not supported", raw)
+class _Rest(NamedTuple):
+    """Of a header behind its checksum: what the files of an archive mostly have in common."""
+
+    sum: int  # of the bytes
+    kind: bytes
+    magic: bytes
+    prefix: bytes  # only POSIX headers have one; GNU keeps times and sparse maps in the same place
+
+
+@lru_cache(maxsize=64)
+def _rest(raw: bytes) -> _Rest:
+    magic = raw[101:109]
+    return _Rest(_sum(raw), raw[:1], magic, raw[189:344].rstrip(b"\0") if magic == _POSIX_MAGIC else b"")
+
+
+def _sum(raw: bytes) -> int:
+    """Most of a header is zeros, which are faster left out than added."""
+    return sum(raw.translate(None, b"\0"))
+
+
+def _entry(rest: _Rest, header: bytes, extension: _Extension, start: int) -> TarEntry:
+    raw = _header_name(header, rest) if extension.path is None else extension.path
+    kind = rest.kind
+    if kind != b"0":
+        _check_kind(kind, raw)
     # Before typeflag 5 existed, a name with a trailing slash was how a directory looked.
     is_dir = kind == b"5" or (kind == b"\0" and raw.endswith(b"/"))
     path = _normalised(raw, is_dir)
@@ -219,11 +238,16 @@ def _entry(kind: bytes, header: bytes, extension: _Extension, start: int) -> Tar
     return TarEntry(path, is_dir, mode, size, _mtime(header, extension, raw), start)
 
 
-def _header_name(header: bytes) -> bytes:
+def _check_kind(kind: bytes, raw: bytes) -> None:
+    if kind in _REFUSED_TYPES:
+        raise refusal("link" if kind in b"12K" else "special_file", f"a {_REFUSED_TYPES[kind]} is not allowed", raw)
+    if kind not in (b"\0", b"7", b"5"):
+        raise refusal("unknown_type", f"its type {printable(kind)} is not supported", raw)
+
+
+def _header_name(header: bytes, rest: _Rest) -> bytes:
     name = _text(header[0:100])
-    # Only POSIX headers have a prefix; GNU keeps times and sparse maps in the same place.
-    prefix = _text(header[345:500]) if header[257:265] == _POSIX_MAGIC else b""
-    return prefix + b"/" + name if prefix else name
+    return _text(rest.prefix) + b"/" + name if rest.prefix else name
 
 
 def _text(raw: bytes) -> bytes:
