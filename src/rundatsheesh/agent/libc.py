@@ -9,6 +9,7 @@ import _ctypes
 import os
 
 PR_SET_DUMPABLE = 4
+PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
@@ -47,6 +48,11 @@ def renounce_privileges() -> None:
     must_prctl(PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(LAST_CAPABILITY + 1):
         call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def bounding_set() -> list[int]:
+    """The capabilities that an executed file could still give."""
+    return [number for number in range(LAST_CAPABILITY + 1) if call("prctl", PR_CAPBSET_READ, number, 0, 0, 0) == 1]
 
 
 def be_subreaper() -> None:

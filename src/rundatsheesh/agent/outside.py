@@ -54,6 +54,7 @@ HELLO: dict[str, Any] = {
 }
 
 _MOST_DESCRIPTORS = 32
+_ABOVE_ALL = 4096  # of the helper's descriptors, which are a dozen
 _EMPTY_ROOT = b"/proc"  # where the new root is put together; any directory that every host has
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HARMLESS = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
@@ -160,13 +161,15 @@ def _keep_only(stream: int) -> None:
     """The stream, and /dev/null for what is said by mistake; the helper's socket above all is let go of."""
     os.dup2(stream, STREAM, inheritable=False)
     os.dup2(1, 2)
-    os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.closerange(3, _ABOVE_ALL)
 
 
 def _drop_capabilities() -> None:
     """The change of user has dropped those in force. That the kernel takes three empty sets shows it, and empties the
     third, which execution would inherit from."""
     libc.must("capset", struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24))
+    if libc.bounding_set():
+        raise OSError("the bounding set of capabilities is not empty")
 
 
 def serve(line: Line) -> None:

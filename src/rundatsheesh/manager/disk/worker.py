@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +88,14 @@ class Workers:
     async def open(self, place: WorkPlace) -> Worker:
         """A worker in this workspace. Raises HostError where there can be none: too many work there, or a step of its
         confinement fails; nobody has looked at the workspace then."""
-        if self._working.get(place.mountpoint, 0) >= MOST:
-            raise HostError(f"{MOST} file workers are at work in {place.mountpoint}")
+        leave = self._enter(place.mountpoint)
         with ExitStack() as ours:
-            theirs, stream = await self._ask(place, ours)
-            held = self._hold(place, theirs)
+            try:
+                pidfd, stream = await self._ask(place, ours)
+            except BaseException:
+                leave()
+                raise
+            held = HeldProcess(pidfd, leave)
             try:
                 return Worker(await asyncio.open_unix_connection(sock=stream), held)
             except BaseException:
@@ -125,16 +128,18 @@ class Workers:
             await self.close()  # an answer that comes late would be taken for another's
             raise
 
-    def _hold(self, place: WorkPlace, pidfd: int) -> HeldProcess:
-        """Its place is free again when it has ended."""
-        self._working[place.mountpoint] = self._working.get(place.mountpoint, 0) + 1
+    def _enter(self, mountpoint: Path) -> Callable[[], None]:
+        """Take one of the places there; what gives it back."""
+        if self._working.get(mountpoint, 0) >= MOST:
+            raise HostError(f"{MOST} file workers are at work in {mountpoint}")
+        self._working[mountpoint] = self._working.get(mountpoint, 0) + 1
 
         def leave() -> None:
-            self._working[place.mountpoint] -= 1
-            if not self._working[place.mountpoint]:
-                del self._working[place.mountpoint]
+            self._working[mountpoint] -= 1
+            if not self._working[mountpoint]:
+                del self._working[mountpoint]
 
-        return HeldProcess(pidfd, leave)
+        return leave
 
 
 class _Helper:
