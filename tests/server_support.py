@@ -275,14 +275,15 @@ def tgz(files: Mapping[str, bytes], mode: int = 0o644) -> bytes:
 
 
 def _processes_of(node: str, manager: int) -> Iterator[str]:
-    """In a cgroup of the node, or a child of its manager. What has ended and waits for the host's init is gone."""
+    """In a cgroup of the node, or a child of its manager, but for the helper for file work, which is no VM's. What has
+    ended and waits for the host's init is gone."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             groups = (entry / "cgroup").read_text()
             status = dict(line.split(":\t", 1) for line in (entry / "status").read_text().splitlines())
         except (FileNotFoundError, ProcessLookupError):
             continue
-        is_child = int(status["PPid"]) == manager
+        is_child = int(status["PPid"]) == manager and status["Name"].strip() != "unshare"
         has_ended = status["State"][0] in "ZX"
         if is_child or (node in groups and not has_ended):
             yield f"process {entry.name} {status['Name']}, {status['State']}, child: {is_child}"

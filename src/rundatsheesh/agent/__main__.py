@@ -1,4 +1,5 @@
-"""Started as `python3 -I -S DIRECTORY --engine NAME ...`, as the first process of the guest."""
+"""Started as `python3 -I -S DIRECTORY --engine NAME ...`, as the first process of the guest; with `--outside`, on the
+host, as the helper of outside.py."""
 
 from __future__ import annotations
 
@@ -10,5 +11,6 @@ if not package:  # a directory that is executed is no package: import it as one,
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[0], package = os.path.split(here)
 
-start = __import__(f"{package}.init", fromlist=["main"])
+program = "outside" if sys.argv[1:] == ["--outside"] else "init"
+start = __import__(f"{package}.{program}", fromlist=["main"])
 start.main(sys.argv[1:])

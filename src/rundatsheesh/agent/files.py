@@ -52,7 +52,11 @@ def upload(params: dict[str, Any], source: int) -> None:
     Raises CallFailed path_outside_workspace, path_conflict, path_too_long or workspace_full before anything is
     written; path_unwritable, path_conflict, workspace_full, upload_incomplete or OSError later: what was written stays.
     """
-    reader: Reader = SlotReader(params["ring"]) if "ring" in params else PipeReader(source)
+    receive(params, SlotReader(params["ring"]) if "ring" in params else PipeReader(source))
+
+
+def receive(params: dict[str, Any], reader: Reader) -> None:
+    """`upload` of what `reader` gives."""
     entries = parse_table(reader.exactly(params["table_bytes"]))
     try:
         Upload(os.fsencode(params["dest"]), entries).write(reader)
@@ -231,7 +235,7 @@ class Upload:
             if self._entered is not None:
                 os.close(self._entered[1])
             self._entered = real, fd
-            if not self._is_inside(os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))):
+            if not self._is_inside(_place_of(fd, real)):
                 self._entered = None
                 os.close(fd)
                 raise CallFailed("path_outside_workspace", f"{_show(real)} has become a link that leaves {WORKSPACE}")
@@ -268,7 +272,9 @@ def _write_new(place: int, name: bytes, entry: Entry, reader: Reader) -> None:
     """FileExistsError when the name is taken, before anything is read. `place` is the directory's descriptor."""
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, entry.mode, dir_fd=place)
     try:
-        left = entry.size - (_write_direct(fd, entry.size, reader) if entry.size >= _DIRECT_FROM else 0)
+        left = entry.size - (
+            _write_direct(fd, entry.size, reader) if reader.past_cache and entry.size >= _DIRECT_FROM else 0
+        )
         while left:
             piece = reader.some(left)
             left -= len(piece)
@@ -303,6 +309,15 @@ def _write_blocks(fd: int, piece: memoryview, flags: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
     while done < len(piece):
         done += os.write(fd, piece[done:])
+
+
+def _place_of(directory: int, known_as: bytes) -> bytes:
+    """Where it is now. Asked of the kernel without /proc, which is not everywhere that this runs."""
+    try:
+        os.fchdir(directory)
+        return os.getcwdb()
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), known_as) from None
 
 
 def _lstat(path: bytes) -> os.stat_result | None:

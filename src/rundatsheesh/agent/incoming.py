@@ -19,6 +19,8 @@ _BUFFER = 1 << 18
 class Reader:
     """The incoming bytes, read ahead in large pieces."""
 
+    past_cache = True  # whether a large file is worth writing past the kernel's cache
+
     def __init__(self, aligned_bytes: int) -> None:
         self._ready = memoryview(b"")
         self._aligned_bytes = aligned_bytes

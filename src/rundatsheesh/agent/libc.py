@@ -9,11 +9,17 @@ import _ctypes
 import os
 
 PR_SET_DUMPABLE = 4
+PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
-MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_NOATIME = 2, 4, 32, 1024
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_NOATIME, MS_BIND = 1, 2, 4, 8, 32, 1024, 4096
+MNT_DETACH = 2
+CLONE_NEWNS = 0x20000
+SYS_MOVE_MOUNT = 429  # on every architecture
+MOVE_MOUNT_F_EMPTY_PATH = 4
+AT_FDCWD = -100
 POWER_OFF = 0x4321FEDC
 LAST_CAPABILITY = 63  # above the last that exists; dropping one that does not is refused and means nothing
 
@@ -26,6 +32,12 @@ def call(function: str, *arguments: int | bytes) -> int:
     return result
 
 
+def must(function: str, *arguments: int | bytes) -> None:
+    """Call it; raises OSError where it fails."""
+    if call(function, *arguments) != 0:
+        raise OSError(f"{function} was refused")
+
+
 def must_prctl(option: int, argument: int) -> None:
     if call("prctl", option, argument, 0, 0, 0) != 0:
         raise OSError(f"prctl({option}, {argument}) was refused")
@@ -36,6 +48,11 @@ def renounce_privileges() -> None:
     must_prctl(PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(LAST_CAPABILITY + 1):
         call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def bounding_set() -> list[int]:
+    """The capabilities that an executed file could still give."""
+    return [number for number in range(LAST_CAPABILITY + 1) if call("prctl", PR_CAPBSET_READ, number, 0, 0, 0) == 1]
 
 
 def be_subreaper() -> None:

@@ -36,9 +36,13 @@ def download(params: dict[str, Any], sink: int) -> None:
 
     Files, directories and symbolic links; other things are left out, and so is what vanishes meanwhile.
     """
+    send(params, SlotWriter(params["ring"]) if "ring" in params else PipeWriter(sink))
+
+
+def send(params: dict[str, Any], writer: Writer) -> None:
+    """`download`, into `writer`."""
     path = params["path"]
     real = os.fsencode(inside_workspace(path))
-    writer: Writer = SlotWriter(params["ring"]) if "ring" in params else PipeWriter(sink)
     try:
         found = os.lstat(real)
         if stat.S_ISDIR(found.st_mode):

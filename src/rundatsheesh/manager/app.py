@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message
 from rundatsheesh.manager.api import Readiness, Services, create_api
 from rundatsheesh.manager.build.agent import ensure_agent, find_agent
 from rundatsheesh.manager.build.image import find_image
+from rundatsheesh.manager.disk.worker import Workers
 from rundatsheesh.manager.engines.base import Engine
 from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
@@ -98,8 +99,11 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         await network.open()
         stack.push_async_callback(network.close)
         await _compile_agent(settings)
-        host = VmHost(node, layout, network, engines(settings))
+        workers = Workers(AGENT)
+        stack.push_async_callback(workers.close)
+        host = VmHost(node, layout, network, engines(settings), workers)
         await asyncio.to_thread(_look_at_engines, host)
+        _start_helper(host, workers)
         vms = Vms(settings, store, host, _images(settings))
         stack.push_async_callback(vms.let_go)
         reconciler = Reconciler(store, host, vms)
@@ -218,6 +222,16 @@ def _look_at_engines(host: VmHost) -> None:
     for engine in host.engines.values():
         found = engine.available()
         log.info("engine %s: %s", engine.name, found.fact)
+
+
+def _start_helper(host: VmHost, workers: Workers) -> None:
+    """Ahead of the first transfer, which would start it otherwise, or go through the guest where it cannot be."""
+    if not host.engines["gvisor"].available().usable:
+        return
+    try:
+        workers.start()
+    except HostError as error:
+        log.warning("files go through the guests: %s", error)
 
 
 def _readiness(settings: Settings, host: VmHost) -> Readiness:

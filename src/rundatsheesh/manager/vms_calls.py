@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from rundatsheesh.manager.model import (
 from rundatsheesh.manager.settings import Settings
 from rundatsheesh.manager.store import ExecLog
 from rundatsheesh.manager.vms import Vms
+from rundatsheesh.manager.vms_files import Mover, file_mover
 from rundatsheesh.manager.vms_host import VmHost
 from rundatsheesh.manager.vms_lifetimes import VmLifetimes
 from rundatsheesh.manager.vms_once import Creations
@@ -145,11 +146,11 @@ class VmCalls:
         nothing was written."""
         vm = await self._vms.find_running(vm_id)
         limits = UploadLimits(self._settings.max_upload_bytes, vm.record.spec.disk_mb << 20)
-        async with self._logged(vm, "upload", dest, caller) as (outcome, guest):
+        async with self._logged(vm, "upload", dest, caller) as (outcome, guest), self._mover(vm, guest) as mover:
             with tempfile.TemporaryFile(dir=self._host.layout.spool, buffering=1 << 20) as spool:
                 checked = await check_upload(body, cast(BinaryIO, spool), limits)
                 outcome.bytes_in = spool.tell()
-                await guest.upload(dest, checked.manifest, checked.canonical_chunks())
+                await (await mover.ready()).upload(dest, checked.manifest, checked.canonical_chunks())
             await _forget(outcome.bytes_in)
 
     async def download(self, vm_id: str, path: str, caller: Caller) -> AsyncGenerator[bytes, None]:
@@ -160,12 +161,15 @@ class VmCalls:
         return _prepend(first, chunks)
 
     async def _download(self, vm: RunningVm, path: str, caller: Caller) -> AsyncGenerator[bytes, None]:
-        async with self._logged(vm, "download", path, caller) as (outcome, guest):
-            download = await guest.download(path)
+        async with self._logged(vm, "download", path, caller) as (outcome, guest), self._mover(vm, guest) as mover:
+            download = await (await mover.ready()).download(path)
             async for compressed in _gzip(download.chunks):
                 outcome.bytes_out += len(compressed)
                 yield compressed
             await _forget(outcome.bytes_out)
+
+    def _mover(self, vm: RunningVm, guest: Guest) -> AbstractAsyncContextManager[Mover]:
+        return file_mover(self._host.workers, vm, guest)
 
     async def logs(self, vm_id: str, type_: str, tail: int) -> LogView:
         """The last `tail` lines of the engine's log or of the console."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rundatsheesh.manager.disk import workspace
+from rundatsheesh.manager.disk.worker import Workers
 from rundatsheesh.manager.engines.base import Engine, VmFiles
 from rundatsheesh.manager.errors import HostError, InvalidInput, NetworkError, Unavailable
 from rundatsheesh.manager.guest import ExecRequest, Identity, ScriptRequest
@@ -34,6 +35,7 @@ class VmHost:
     layout: Layout
     network: Network
     engines: Mapping[str, Engine]
+    workers: Workers | None = None  # for file work on this host; without them all of it is the guests'
 
     def files(self, record: VmRecord) -> VmFiles:
         return self.layout.files(self.node.id, record.id)

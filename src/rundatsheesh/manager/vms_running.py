@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from rundatsheesh.manager.disk.worker import WorkPlace
 from rundatsheesh.manager.engines.base import Capability, Engine, Exit, Machine
 from rundatsheesh.manager.errors import (
     EngineError,
@@ -72,6 +73,11 @@ class RunningVm:
     def guest(self) -> Guest:
         """For whoever knows the guest to be awake; calls use `call`."""
         return self._guest
+
+    @property
+    def workplace(self) -> WorkPlace | None:
+        """Where files can be worked on without the guest, while it is awake."""
+        return self._machine.workplace
 
     @property
     def has_ended(self) -> bool:

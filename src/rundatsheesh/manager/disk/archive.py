@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from isal import igzip_lib
 
@@ -25,8 +26,10 @@ from rundatsheesh.manager.errors import InvalidInput, StorageFull, TooLarge
 from rundatsheesh.manager.model import UploadManifest
 
 RECORD = struct.Struct(">cHHQq")
+# Where each file's content starts in the unpacked stream, and its size, one after the other.
+Places: TypeAlias = "array[int]"
 CHUNK = 256 << 10  # bytes of one piece of the canonical stream at most
-_BATCH = 1 << 20  # compressed bytes of one step in a thread: large enough that the hop to it costs nothing
+_BATCH = 256 << 10  # compressed bytes of one step in a thread: large enough that the hop to it costs nothing
 
 MAX_ENTRIES = 65_536
 # Files, directories and the directories that names imply; each becomes an inode, and a node in memory here.
@@ -58,13 +61,14 @@ class CheckedUpload:
 
     manifest: UploadManifest
     _table: bytes
+    _places: Places
     _spool: BinaryIO
 
     async def canonical_chunks(self) -> AsyncIterator[bytes]:
         """The canonical stream: `manifest.stream_bytes` bytes in pieces of at most CHUNK. One reader at a time."""
         for start in range(0, len(self._table), CHUNK):
             yield self._table[start : start + CHUNK]
-        content = _content(self._spool)
+        content = _content(self._spool, self._places)
         while piece := await asyncio.to_thread(next, content, b""):
             yield piece
 
@@ -138,6 +142,7 @@ class _Check:
         self._tar = TarReader()
         self._tree = _Tree()
         self._table = bytearray()
+        self._places = array("Q")
         self._entries = 0
         self._received = 0
         self._compressed = 0
@@ -154,15 +159,14 @@ class _Check:
         for piece in self._gzip.feed(compressed):
             self._unpacked += len(piece)
             self._refuse_bomb()
-            for event in self._tar.feed(piece):
-                if isinstance(event, TarEntry):
-                    self._take(event)
+            for entry in self._tar.feed(piece):
+                self._take(entry)
 
-    def finish(self) -> tuple[UploadManifest, bytes]:
+    def finish(self) -> tuple[UploadManifest, bytes, Places]:
         self._gzip.close()
         self._tar.close()
         manifest = UploadManifest(self._entries, table_bytes=len(self._table), content_bytes=self._content)
-        return manifest, bytes(self._table)
+        return manifest, bytes(self._table), self._places
 
     def _refuse_bomb(self) -> None:
         if self._unpacked > max(BOMB_FLOOR, BOMB_RATIO * self._compressed):
@@ -178,6 +182,8 @@ class _Check:
             return  # the root itself: the destination exists or is made, and keeps its mode
         self._entries += 1
         self._tree.add(entry.path, entry.is_dir)
+        if entry.size:
+            self._places.extend((entry.start, entry.size))
         kind = b"d" if entry.is_dir else b"f"
         self._table += RECORD.pack(kind, entry.mode, len(entry.path), entry.size, entry.mtime_ns) + entry.path
         if self._entries > MAX_ENTRIES or len(self._table) > MAX_TABLE_BYTES:
@@ -195,15 +201,22 @@ class _Tree:
     """
 
     _nodes: dict[tuple[int, bytes], int] = field(default_factory=dict)
+    _last: tuple[bytes, int] = (b"", 0)  # the directory of the entry before, which most often is the next one's too
 
     def add(self, path: bytes, is_dir: bool) -> None:
-        *parents, name = path.split(b"/")
-        parent = 0
-        for part in parents:
-            parent = self._node(parent, part, path, is_dir=True)
+        directory, _, name = path.rpartition(b"/")
+        if directory != self._last[0]:
+            self._last = directory, self._directory(directory, path)
+        parent = self._last[1]
         if not is_dir and (parent, name) in self._nodes:
             raise refusal("duplicate", "the name stands twice in the archive", path)
         self._node(parent, name, path, is_dir=is_dir)
+
+    def _directory(self, directory: bytes, path: bytes) -> int:
+        parent = 0
+        for part in directory.split(b"/") if directory else ():
+            parent = self._node(parent, part, path, is_dir=True)
+        return parent
 
     def _node(self, parent: int, name: bytes, path: bytes, *, is_dir: bool) -> int:
         number = self._nodes.get((parent, name))
@@ -259,12 +272,33 @@ class GzipReader:
             compressed = b""
 
 
-def _content(spool: BinaryIO) -> Iterator[bytes]:
-    """The files' bytes, from a spool that passed the check. One piece per step, so that a step is short."""
+def _content(spool: BinaryIO, places: Places) -> Iterator[bytes]:
+    """The files' bytes, from a spool that passed the check, without a second look at its headers. One piece per step,
+    so that a step is short."""
     spool.seek(0)
-    gzip, tar = GzipReader(), TarReader()
+    gzip = GzipReader()
+    cut = _Cut(places)
     while compressed := spool.read(CHUNK):
         for piece in gzip.feed(compressed):
-            content = b"".join(event for event in tar.feed(piece) if not isinstance(event, TarEntry))
-            if content:
+            if content := cut.feed(piece):
                 yield content
+
+
+class _Cut:
+    """Takes the contents out of an unpacked stream."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._next = 0  # in `places`
+        self._fed = 0
+
+    def feed(self, piece: bytes) -> bytes:
+        begin, self._fed = self._fed, self._fed + len(piece)
+        found = []
+        while self._next < len(self._places) and (start := self._places[self._next]) < self._fed:
+            end = start + self._places[self._next + 1]
+            found.append(piece[max(0, start - begin) : end - begin])
+            if end > self._fed:
+                break  # it goes on in the next piece
+            self._next += 2
+        return b"".join(found)

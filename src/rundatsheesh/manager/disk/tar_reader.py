@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 from rundatsheesh.manager.errors import InvalidInput
 
@@ -32,14 +34,14 @@ _REFUSED_TYPES = {
     b"K": "link",
     b"S": "sparse file",
 }
+_EXTENSION_TYPES = (b"L", b"x", b"g")
 _NUMBER = re.compile(rb"[ ]*([0-7]+)[ \0]*|[ \0]*")
 _PAX_TIME = re.compile(rb"(-?)(\d{1,20})(?:\.(\d*))?")
 # Records that change which bytes make up an entry, or what it is, in some readers only.
 _REFUSED_PAX = (b"linkpath", b"GNU.sparse.", b"GNU.volume.", b"SCHILY.realsize", b"SCHILY.filetype")
 
 
-@dataclass(frozen=True, slots=True)
-class TarEntry:
+class TarEntry(NamedTuple):
     """A regular file or directory. `path` is relative, without `.`, `..` or empty parts; empty for the root itself."""
 
     path: bytes
@@ -47,9 +49,10 @@ class TarEntry:
     mode: int  # the nine permission bits
     size: int
     mtime_ns: int
+    start: int  # of its content in the stream
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Extension:
     """What the extension headers before an entry said about it."""
 
@@ -57,6 +60,9 @@ class _Extension:
     path: bytes | None = None
     size: int | None = None
     mtime_ns: int | None = None
+
+
+_NO_EXTENSION = _Extension()
 
 
 @dataclass(slots=True)
@@ -90,60 +96,51 @@ class TarReader:
     """Feed it chunks of the stream, then `close()`. Raises InvalidInput (`archive_invalid`) at the first offence."""
 
     def __init__(self) -> None:
-        self._block = bytearray()  # the header that is being collected
-        self._extension = _Extension()
+        self._torn = b""  # the beginning of a header of which the chunk before had no more
+        self._extension = _NO_EXTENSION
         self._pending: _Pending | None = None
-        self._content = 0  # bytes of the current entry that are still to come
-        self._padding = 0
+        self._fed = 0  # bytes of all chunks so far
+        self._skipped = 0  # bytes of content and padding before the next header
         self._zero_blocks = 0
         self._global_headers = 0
 
-    def feed(self, chunk: bytes) -> Iterator[TarEntry | memoryview]:
-        """Yield each entry when its header is complete, and its content after it in pieces."""
-        view = memoryview(chunk)
-        while view:
-            if self._content:
-                yield view[: self._content]
-                view = self._advance_content(view)
-            elif self._padding:
-                skipped = min(self._padding, len(view))
-                self._padding -= skipped
-                view = view[skipped:]
+    def feed(self, chunk: bytes) -> Iterator[TarEntry]:
+        """Yield each entry when its header is complete. Its content need not have been fed by then."""
+        position, end = 0, len(chunk)
+        while position < end:
+            if self._skipped:
+                taken = min(self._skipped, end - position)
+                self._skipped -= taken
+                position += taken
             elif self._zero_blocks == 2:
-                _require_zeros(view)
-                return
+                _require_zeros(memoryview(chunk)[position:])
+                position = end
             elif self._pending:
-                view = self._collect_extension(self._pending, view)
+                position += self._collect_extension(self._pending, memoryview(chunk)[position:])
             else:
-                missing = BLOCK - len(self._block)
-                self._block += view[:missing]
-                view = view[missing:]
-                if len(self._block) == BLOCK:
-                    entry = self._take_header(bytes(self._block))
-                    self._block.clear()
-                    if entry:
-                        yield entry
+                header = self._torn + chunk[position : position + BLOCK - len(self._torn)]
+                position += len(header) - len(self._torn)
+                self._torn = header if len(header) < BLOCK else b""
+                if not self._torn and (entry := self._take_header(header, self._fed + position)):
+                    yield entry
+        self._fed += end
 
     def close(self) -> None:
         """Tell that the stream ended; refuses one that ended early."""
         if self._zero_blocks != 2:
             raise refusal("truncated", "it ends before the end-of-archive mark")
 
-    def _advance_content(self, view: memoryview) -> memoryview:
-        taken = min(self._content, len(view))
-        self._content -= taken
-        return view[taken:]
-
-    def _collect_extension(self, pending: _Pending, view: memoryview) -> memoryview:
+    def _collect_extension(self, pending: _Pending, view: memoryview) -> int:
+        """How much of the view belonged to it."""
         missing = pending.size - len(pending.content)
         pending.content += view[:missing]
         if len(pending.content) == pending.size:
             self._pending = None
-            self._padding = -pending.size % BLOCK
+            self._skipped = -pending.size % BLOCK
             self._take_extension(pending.kind, bytes(pending.content))
-        return view[missing:]
+        return min(missing, len(view))
 
-    def _take_header(self, header: bytes) -> TarEntry | None:
+    def _take_header(self, header: bytes, position: int) -> TarEntry | None:
         if not any(header):
             if self._extension.kind:
                 raise refusal("malformed", "an extension header belongs to no entry")
@@ -151,14 +148,14 @@ class TarReader:
             return None
         if self._zero_blocks:
             raise refusal("trailing_data", "there is data after the end-of-archive mark")
-        _check_header(header)
-        kind = header[156:157]
-        if kind in (b"L", b"x", b"g"):
-            self._start_extension(kind, header)
+        rest = _rest(header[156:])
+        _check_header(header, rest)
+        if rest.kind in _EXTENSION_TYPES:
+            self._start_extension(rest.kind, header)
             return None
-        extension, self._extension = self._extension, _Extension()
-        entry = _entry(kind, header, extension)
-        self._content, self._padding = entry.size, -entry.size % BLOCK
+        extension, self._extension = self._extension, _NO_EXTENSION
+        entry = _entry(rest, header, extension, position)
+        self._skipped = entry.size + -entry.size % BLOCK
         return entry
 
     def _start_extension(self, kind: bytes, header: bytes) -> None:
@@ -195,43 +192,62 @@ class TarReader:
         )
 
 
-def _check_header(header: bytes) -> None:
+def _check_header(header: bytes, rest: _Rest) -> None:
     recorded = _NUMBER.fullmatch(header[148:156])
-    actual = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    actual = _sum(header[:148]) + 8 * ord(" ") + rest.sum
     if not recorded or not recorded[1] or int(recorded[1], 8) != actual:
         raise refusal("not_tar", "a header has a wrong checksum, so this is not a tar stream or it is damaged")
-    if header[257:265] not in (_POSIX_MAGIC, _GNU_MAGIC, _V7_MAGIC):
+    if rest.magic not in (_POSIX_MAGIC, _GNU_MAGIC, _V7_MAGIC):
         raise refusal("not_tar", "a header is of no known tar format")
     if header[508:512] == b"tar\0":
         raise refusal("not_tar", "the xstar format is not supported")
 
 
-def _entry(kind: bytes, header: bytes, extension: _Extension) -> TarEntry:
-    raw = _header_name(header) if extension.path is None else extension.path
-    if kind in _REFUSED_TYPES:
-        raise refusal("link" if kind in b"12K" else "special_file", f"a {_REFUSED_TYPES[kind]} is not allowed", raw)
-    if kind not in (b"0", b"\0", b"7", b"5"):
-        raise refusal("unknown_type", f"its type {printable(kind)} is not supported", raw)
+class _Rest(NamedTuple):
+    """Of a header behind its checksum: what the files of an archive mostly have in common."""
+
+    sum: int  # of the bytes
+    kind: bytes
+    magic: bytes
+    prefix: bytes  # only POSIX headers have one; GNU keeps times and sparse maps in the same place
+
+
+@lru_cache(maxsize=64)
+def _rest(raw: bytes) -> _Rest:
+    magic = raw[101:109]
+    return _Rest(_sum(raw), raw[:1], magic, raw[189:344].rstrip(b"\0") if magic == _POSIX_MAGIC else b"")
+
+
+def _sum(raw: bytes) -> int:
+    """Most of a header is zeros, which are faster left out than added."""
+    return sum(raw.translate(None, b"\0"))
+
+
+def _entry(rest: _Rest, header: bytes, extension: _Extension, start: int) -> TarEntry:
+    raw = _header_name(header, rest) if extension.path is None else extension.path
+    kind = rest.kind
+    if kind != b"0":
+        _check_kind(kind, raw)
     # Before typeflag 5 existed, a name with a trailing slash was how a directory looked.
     is_dir = kind == b"5" or (kind == b"\0" and raw.endswith(b"/"))
     path = _normalised(raw, is_dir)
     size = _entry_size(header, extension, raw)
     if is_dir and size:
         raise refusal("malformed", "a directory has content", raw)
-    return TarEntry(
-        path=path,
-        is_dir=is_dir,
-        mode=_number(header[100:108], "mode", raw) & 0o777,
-        size=size,
-        mtime_ns=_mtime(header, extension, raw),
-    )
+    mode = _number(header[100:108], "mode", raw) & 0o777
+    return TarEntry(path, is_dir, mode, size, _mtime(header, extension, raw), start)
 
 
-def _header_name(header: bytes) -> bytes:
+def _check_kind(kind: bytes, raw: bytes) -> None:
+    if kind in _REFUSED_TYPES:
+        raise refusal("link" if kind in b"12K" else "special_file", f"a {_REFUSED_TYPES[kind]} is not allowed", raw)
+    if kind not in (b"\0", b"7", b"5"):
+        raise refusal("unknown_type", f"its type {printable(kind)} is not supported", raw)
+
+
+def _header_name(header: bytes, rest: _Rest) -> bytes:
     name = _text(header[0:100])
-    # Only POSIX headers have a prefix; GNU keeps times and sparse maps in the same place.
-    prefix = _text(header[345:500]) if header[257:265] == _POSIX_MAGIC else b""
-    return prefix + b"/" + name if prefix else name
+    return _text(rest.prefix) + b"/" + name if rest.prefix else name
 
 
 def _text(raw: bytes) -> bytes:
@@ -256,9 +272,11 @@ def _normalised(raw: bytes, is_dir: bool) -> bytes:
         raise refusal("parent_name", "the name holds '..'", raw)
     if not is_dir and parts[-1] in (b"", b"."):
         raise refusal("bad_name", "a file has the name of a directory", raw)
-    if any(len(part) > MAX_COMPONENT_BYTES for part in parts):
+    if len(raw) > MAX_COMPONENT_BYTES and any(len(part) > MAX_COMPONENT_BYTES for part in parts):
         raise refusal("name_too_long", f"a part of the name is longer than {MAX_COMPONENT_BYTES} bytes", raw)
-    return b"/".join(part for part in parts if part not in (b"", b"."))
+    if b"" in parts or b"." in parts:
+        return b"/".join(part for part in parts if part not in (b"", b"."))
+    return raw
 
 
 def _entry_size(header: bytes, extension: _Extension, raw: bytes) -> int:
@@ -285,9 +303,17 @@ def _number(raw: bytes, what: str, entry: bytes, *, negative_ok: bool = False) -
         if raw[0] not in (0x80, 0xFF) or (value < 0 and not negative_ok) or not -_MAX_INT64 <= value <= _MAX_INT64:
             raise refusal("bad_number", f"its {what} is out of range", entry)
         return value
+    octal = _octal(raw)
+    if octal is None:
+        raise refusal("bad_number", f"its {what} is not a number", entry)
+    return octal
+
+
+@lru_cache(maxsize=256)  # the files of an archive have few modes, and often few times
+def _octal(raw: bytes) -> int | None:
     match = _NUMBER.fullmatch(raw)
     if not match:
-        raise refusal("bad_number", f"its {what} is not a number", entry)
+        return None
     return int(match[1], 8) if match[1] else 0
 
 

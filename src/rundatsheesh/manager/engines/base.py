@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Protocol
 
+from rundatsheesh.manager.disk.worker import WorkPlace
 from rundatsheesh.manager.model import Isolation, VmRecord
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -60,6 +61,10 @@ class Machine(Protocol):
     def transfer_disk(self) -> Path | None:
         """The file of a disk through which content passes to and from the guest's agent (manager/guest_slots.py); None
         where the channel alone is fast enough."""
+
+    @property
+    def workplace(self) -> WorkPlace | None:
+        """Where this host has the workspace mounted, for file work without the guest; None where only the guest has."""
 
     async def connect(self) -> Stream:
         """Open a byte stream to the agent. Waits for the agent to listen; raises EngineError when the guest ended."""

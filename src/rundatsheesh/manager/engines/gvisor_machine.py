@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+from rundatsheesh.manager.disk.worker import WorkPlace
 from rundatsheesh.manager.engines import gvisor_channel
 from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
 from rundatsheesh.manager.engines.gvisor_files import SandboxFiles
@@ -39,6 +40,11 @@ class GVisorMachine:
     @property
     def transfer_disk(self) -> None:
         return None
+
+    @property
+    def workplace(self) -> WorkPlace:
+        """The guest sees at once what is changed there, for runsc asks the host at each access."""
+        return WorkPlace(self._files.disk, self._files.workspace, self._cgroup.directories())
 
     async def connect(self) -> Stream:
         try:

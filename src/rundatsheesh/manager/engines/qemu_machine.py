@@ -40,6 +40,10 @@ class QemuMachine:
         disk = MachineFiles(self._files.runtime).transfer
         return disk if disk.exists() else None  # machines of earlier managers have none
 
+    @property
+    def workplace(self) -> None:
+        return None  # the guest's kernel has it: two on one disk would destroy it
+
     async def connect(self) -> Stream:
         """As promised by Machine, but the stream is there before the agent is: what is sent waits for it."""
         try:

@@ -99,11 +99,16 @@ class Cgroup:
     def exists(self) -> bool:
         return self._list.is_dir()
 
+    def directories(self) -> list[Path]:
+        """Its directory in each hierarchy that limits or tracks it: who joins all of them is in the group."""
+        v1 = [self._below(mount) for mount in dict.fromkeys(self._layout.v1.values())]
+        return v1 if self._v2 is None else [*v1, self._v2]
+
     def entering(self, argv: Sequence[str]) -> list[str]:
         """A command line that moves itself into the group and becomes `argv`, so that no process of it ever ran
         outside. When the host itself runs out of memory, these processes go first. They dump no core, which would write
         a guest's memory to the host's disk."""
-        moves = [f"echo $$ > {shlex.quote(str(d / 'cgroup.procs'))}" for d in self._used_directories()]
+        moves = [f"echo $$ > {shlex.quote(str(d / 'cgroup.procs'))}" for d in self.directories()]
         return [
             "sh",
             "-c",
@@ -223,10 +228,6 @@ class Cgroup:
 
     def _freezer(self) -> Path:
         return self._below(self._layout.v1["freezer"])
-
-    def _used_directories(self) -> list[Path]:
-        v1 = [self._below(mount) for mount in dict.fromkeys(self._layout.v1.values())]
-        return v1 if self._v2 is None else [*v1, self._v2]
 
     def _write_v2(self, name: str, value: str, *, optional: bool = False) -> None:
         file = self._v2_file(name)

@@ -19,6 +19,9 @@ from pathlib import Path
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS = 0x00020000
 _MNT_DETACH = 2
+_SYS_OPEN_TREE = 428  # on every architecture; not every C library has a name for it
+_AT_FDCWD = -100
+_OPEN_TREE_CLONE = 1
 UNMOUNT_TIMEOUT = 10.0  # seconds
 
 
@@ -64,6 +67,16 @@ def mount(source: str, target: Path, fstype: str = "", flags: Flag = Flag.NONE, 
         source.encode(), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None
     )
     _check(result, target)
+
+
+def clone(target: Path) -> int:
+    """A descriptor of a copy of the mount at the target. It is attached nowhere, and goes with its last descriptor
+    unless somebody moves it to a place first (open_tree(2), Linux 5.2). Raises OSError."""
+    path = ctypes.c_char_p(os.fsencode(target))
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    fd: int = _libc.syscall(ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(_AT_FDCWD), path, flags)
+    _check(min(fd, 0), target)
+    return fd
 
 
 def unmount(target: Path) -> bool:

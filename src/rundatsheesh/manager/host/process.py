@@ -16,7 +16,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -277,6 +277,33 @@ class ProcessRef:
             return pidfd
         os.close(pidfd)
         return None
+
+
+class HeldProcess:
+    """A process known by its descriptor alone, which this takes over; another one's child. `when_ended` is called once,
+    when it has ended, and its descriptor is closed then. Needs a running event loop."""
+
+    def __init__(self, pidfd: int, when_ended: Callable[[], None]) -> None:
+        self._pidfd = pidfd
+        self._when_ended = when_ended
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._loop.add_reader(pidfd, self._on_end)
+
+    def kill(self) -> None:
+        """Does nothing once it has ended."""
+        if not self._ended.is_set():
+            _send(self._pidfd, signal.SIGKILL)
+
+    async def wait(self) -> None:
+        """Return when it has ended. Any number of tasks may wait, now and later."""
+        await self._ended.wait()
+
+    def _on_end(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._ended.set()
+        self._when_ended()
 
 
 @contextlib.asynccontextmanager
