@@ -61,6 +61,10 @@ class Machine(Protocol):
         """The file of a disk through which content passes to and from the guest's agent (manager/guest_slots.py); None
         where the channel alone is fast enough."""
 
+    @property
+    def has_workspace(self) -> bool:
+        """Whether the guest has mounted its workspace by the time its agent answers."""
+
     async def connect(self) -> Stream:
         """Open a byte stream to the agent. Waits for the agent to listen; raises EngineError when the guest ended."""
 
@@ -87,6 +91,10 @@ class Engine(Protocol):
 
     def available(self) -> Availability:
         """Look at the host without side effects. Never hangs."""
+
+    async def make_disk(self, record: VmRecord, files: VmFiles) -> None:
+        """Make the empty disk of a VM that has never run, unless it exists; `files.directory` does. It appears complete
+        or not at all. Raises StorageFull, HostError."""
 
     async def start(self, record: VmRecord, files: VmFiles) -> Machine:
         """Boot the guest. The network of `record.slot` is attached and its disk exists. On failure nothing is left
