@@ -42,9 +42,10 @@ def clone(host: VmHost, settings: Settings, scratch: Path) -> Contender:
             started = time.perf_counter()
             process = await asyncio.create_subprocess_exec(*argv, pass_fds=[*files.all(), state])
         try:
+            # First, for the template was saved with somebody there; a clone would have to be told otherwise.
+            stream = await asyncio.open_unix_connection(str(scratch / "agent.sock"))
             qmp = await Qmp.connect(scratch / "qmp.sock")
             await _resume(qmp, Clone(state))
-            stream = await asyncio.open_unix_connection(str(scratch / "agent.sock"))
             guest = await Guest.connect(stream, timeout=CONNECT_TIMEOUT)
             took = milliseconds(started)
             await guest.close()

@@ -52,6 +52,23 @@ async def test_a_new_disk_is_sparse_clean_and_the_guests(place: Path) -> None:
     assert not point.exists()
 
 
+async def test_a_copy_is_the_same_disk_as_sparse_and_the_original_unchanged(place: Path) -> None:
+    original = await workspace.create_in_memory(1024)
+    before = os.pread(original, 1 << 20, 0)
+    disk = place / "workspace.img"
+    await workspace.create_copy(disk, original)
+    assert disk.stat().st_size == 1024 << 20
+    assert allocated_kb(disk) < 1024
+    subprocess.run(["e2fsck", "-f", "-n", str(disk)], check=True, capture_output=True)
+    await workspace.mount(disk, place / "workspace")
+    assert list((place / "workspace").iterdir()) == []
+    await workspace.unmount(place / "workspace")
+    copy = workspace.copy_in_memory(original)
+    assert (os.pread(copy, 1 << 20, 0), os.pread(original, 1 << 20, 0)) == (before, before)
+    os.close(copy)
+    os.close(original)
+
+
 async def test_creating_mounting_and_unmounting_may_be_repeated(place: Path) -> None:
     disk, point = place / "disk.img", place / "mounted"
     await workspace.create(disk, SIZE_MB)

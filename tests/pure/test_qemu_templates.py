@@ -26,7 +26,7 @@ class Maker:
         await asyncio.sleep(0)
         memory = memfile.create("memory", 8192)
         os.pwrite(memory, b"template", 0)
-        return Template(memory, _state())
+        return Template(memory, _state(), _disk())
 
 
 async def test_one_is_made_and_all_get_it() -> None:
@@ -77,6 +77,8 @@ async def test_a_clone_writes_to_its_own_copy_only() -> None:
         with pytest.raises(OSError):
             os.ftruncate(memory, 0)
         assert (os.read(state, 9), os.read(other, 9)) == (b"state", b"state")
+        with template.disk() as disk, pytest.raises(OSError):
+            os.pwrite(disk, b"x", 0)
         template.close()
         assert os.pread(memory, 8, 0) == b"template"
 
@@ -84,4 +86,10 @@ async def test_a_clone_writes_to_its_own_copy_only() -> None:
 def _state() -> int:
     descriptor = memfile.create("state")
     os.pwrite(descriptor, b"state", 0)
+    return descriptor
+
+
+def _disk() -> int:
+    descriptor = memfile.create("disk")
+    os.pwrite(descriptor, b"disk", 0)
     return descriptor

@@ -8,7 +8,7 @@ import secrets
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -132,7 +132,7 @@ class Vm:
         """Started, and made itself."""
         machine = await self.start()
         guest = await Guest.connect(await machine.connect(), timeout=REPLY_TIMEOUT)
-        await guest.configure(self.identity())
+        await guest.configure(replace(self.identity(), mount_workspace=not machine.has_workspace))
         return machine, guest
 
     def identity(self) -> Identity:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from qemu_support import AGENT, Lab, Vm, image_root, lab, new_lab, open_lab, output, shared_engine
 
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
 from rundatsheesh.manager.guest import Guest
+from rundatsheesh.manager.host import process
 from rundatsheesh.manager.host.bootfiles import BootFiles
 
 __all__ = ["image_root", "lab", "new_lab", "shared_engine"]  # fixtures
@@ -59,6 +61,56 @@ async def test_what_one_clone_writes_no_other_sees(lab: Lab) -> None:
     assert await output(other, "ls -A /tmp /workspace") == "/tmp:\n\n/workspace:"
     await guest.close()
     await other.close()
+
+
+async def test_a_new_vm_finds_the_disk_of_its_template_mounted_and_it_is_its_own(lab: Lab) -> None:
+    first, second = fresh(lab), fresh(lab)
+    for vm in (first, second):
+        await vm.engine.make_disk(vm.record, vm.files)
+    machine, guest = await first.open()
+    assert machine.has_workspace
+    assert await output(guest, "stat -c %U:%G:%a /workspace; ls -A /workspace") == "user:user:755"
+    await output(guest, "echo kept > /workspace/x; head -c 20M /dev/urandom > /workspace/y; sync; rm /workspace/y")
+    other_machine, other = await second.open()
+    assert await output(other, "ls -A /workspace") == ""
+    await output(other, "echo other > /workspace/x")
+    await other.shutdown()
+    await other_machine.stop(10)
+    assert await output(guest, "cat /workspace/x") == "kept"
+    await guest.close()
+    await machine.stop(0)  # without a word: its journal has to be replayed
+    for vm, content in ((first, "kept"), (second, "other")):
+        assert await again(vm) == content
+        await process.run(["e2fsck", "-f", "-n", str(vm.files.disk)], timeout=60)
+
+
+async def test_a_disk_of_another_size_is_mounted_when_the_vm_starts(lab: Lab) -> None:
+    vm = fresh(lab, lab.engine.config.disk_mb // 2)
+    await vm.engine.make_disk(vm.record, vm.files)
+    machine, guest = await vm.open()
+    assert not machine.has_workspace
+    size = int(await output(guest, "df --output=size -m /workspace | tail -1"))
+    assert vm.record.spec.disk_mb * 0.8 < size <= vm.record.spec.disk_mb
+    await guest.close()
+    await machine.stop(0)
+
+
+def fresh(lab: Lab, disk_mb: int | None = None) -> Vm:
+    """Without a disk so far."""
+    vm = lab.vm()
+    spec = replace(vm.record.spec, disk_mb=disk_mb or lab.engine.config.disk_mb)
+    vm.record = replace(vm.record, spec=spec)
+    return vm
+
+
+async def again(vm: Vm) -> str:
+    """Start it once more: what is in its file."""
+    machine, guest = await vm.open()
+    assert not machine.has_workspace
+    content = await output(guest, "cat /workspace/x")
+    await guest.shutdown()
+    await machine.stop(10)
+    return content
 
 
 async def test_a_template_is_made_anew_when_the_image_changes(tmp_path: Path, image_root: Path) -> None:

@@ -27,7 +27,7 @@ async def test_the_guest_is_debian_and_its_user_has_no_privileges(lab: Lab) -> N
     assert set(capabilities.split()) == {"0000000000000000", "1"}
     refused = (
         "unshare -U true || touch /etc/x || touch /opt/rds/x || cat /opt/rds/agent/init.py || cat /dev/vda ||"
-        "cat /dev/vdc || dmesg || ls /run/agent"
+        "cat /dev/vdc || cat /dev/vdd || dmesg || ls /run/agent"
     )
     assert (await run(guest, refused)).exit_code != 0
     assert await output(guest, "touch /workspace/a /tmp/a /var/tmp/a /dev/shm/a; stat -c %u /workspace/a") == "1000"

@@ -10,7 +10,8 @@ import os
 import socket
 import time
 
-from . import libc
+from . import libc, limits, network
+from .console import say
 from .job import CallFailed
 
 TYPE_CHECKING = False
@@ -20,17 +21,25 @@ if TYPE_CHECKING:
 
 _WORKSPACE = "/workspace"
 _WORKSPACE_DISK = "/dev/vdb"
+_FRESH_DISK = "/dev/vdd"  # holds an empty file system when a template is taken, and is a new machine's workspace then
+_EXT4_MAGIC, _EXT4_MAGIC_AT = b"\x53\xef", 1080
 # No background writes into an idle disk, and deleted files free space on the host.
 _MOUNT_OPTIONS = "noinit_itable,discard,errors=remount-ro"
-_INTERFACE = b"eth0"
-_SIOCADDRT, _SIOCSIFFLAGS, _SIOCGIFFLAGS = 0x890B, 0x8914, 0x8913
-_SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFHWADDR = 0x8916, 0x891C, 0x8924
-_IFF_UP = 1
-_RTF_UP, _RTF_GATEWAY, _RTF_HOST = 1, 2, 4
-_ARPHRD_ETHER = 1
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 
 boot_id = os.urandom(16).hex()
+
+
+def prepare() -> None:
+    """What machines that are cloned from this one have in common: done once, before the template is taken."""
+    try:
+        network.bring_up()
+        if _holds_ext4(_FRESH_DISK):
+            _mount(_FRESH_DISK)
+            os.sync()
+        limits.bound_files_in_memory()  # once more: less memory is free than when the agent began
+    except OSError as error:  # `configure` needs the same, and fails where the host hears of it
+        say(f"cannot prepare: {error}")
 
 
 def configure(params: dict[str, Any], engine: str) -> dict[str, Any]:
@@ -38,20 +47,20 @@ def configure(params: dict[str, Any], engine: str) -> dict[str, Any]:
     global boot_id
     if engine == "qemu":
         _step("entropy", _add_entropy, bytes.fromhex(params["entropy"]))
-        _step("clock", time.clock_settime_ns, time.CLOCK_REALTIME, params["time_ns"])
+        _step("clock", _set_clock, params)
         _step("hostname", socket.sethostname, params["hostname"])
         _step("name", _write_file, "/etc/hostname", params["hostname"] + "\n")
         _step("hosts", _write_file, "/etc/hosts", f"127.0.0.1 localhost\n{params['guest_ip']} {params['hostname']}\n")
         _step("machine-id", _write_file, "/etc/machine-id", params["machine_id"] + "\n")
-        _step("network", _set_network, params["guest_ip"], params["mac"], params["gateway"])
-        _step("workspace", _mount_workspace)
+        _step("network", network.configure, params["guest_ip"], params["mac"], params["gateway"])
+        _step("workspace", _mount_workspace if params["mount_workspace"] else _check_workspace)
     boot_id = params["boot_id"] or boot_id
     return {"boot_id": boot_id} | ({"clock_ns": time.time_ns()} if engine == "qemu" else {})
 
 
 def set_clock(params: dict[str, Any]) -> dict[str, Any]:
     """Once more, where what `configure` said was old when it arrived."""
-    _step("clock", time.clock_settime_ns, time.CLOCK_REALTIME, params["time_ns"])
+    _step("clock", _set_clock, params)
     return {"clock_ns": time.time_ns()}
 
 
@@ -60,6 +69,12 @@ def _step(name: str, function: Callable[..., object], *arguments: Any) -> None:
         function(*arguments)
     except OSError as error:
         raise CallFailed("internal", f"cannot set the guest's {name}: {error}") from None
+
+
+def _set_clock(params: dict[str, Any]) -> None:
+    """What the host said, and what has passed since that arrived: an emulated CPU takes 50 ms to get here."""
+    passed = time.monotonic_ns() - params["arrived_ns"]
+    time.clock_settime_ns(time.CLOCK_REALTIME, params["time_ns"] + passed)
 
 
 def _add_entropy(entropy: bytes) -> None:
@@ -86,63 +101,21 @@ def _write_file(path: str, text: str) -> None:
 
 
 def _mount_workspace() -> None:
-    """Only now: a template has no disk, and what a kernel remembered of one would be wrong for the next."""
-    if not os.path.ismount(_WORKSPACE) and libc.mount(_WORKSPACE_DISK, _WORKSPACE, "ext4", _MOUNT_OPTIONS) != 0:
-        raise OSError(errno.EIO, f"the kernel refuses to mount {_WORKSPACE_DISK}")
+    """Only now: what a kernel remembered of another disk would be wrong for this one."""
+    libc.unmount(_WORKSPACE)  # the fresh one
+    _mount(_WORKSPACE_DISK)
 
 
-def _set_network(address: str, mac: str, gateway: str) -> None:
-    """One address, the gateway on the link, everything else through it. Taking the link down drops what was before."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        _set_flags(control, up=False)
-        hardware = _ARPHRD_ETHER.to_bytes(2, "little") + bytes.fromhex(mac.replace(":", ""))
-        _request(control, _SIOCSIFHWADDR, hardware)
-        _request(control, _SIOCSIFADDR, _address(address))
-        _request(control, _SIOCSIFNETMASK, _address("255.255.255.255"))
-        _set_flags(control, up=True)
-        _add_route(control, gateway, "255.255.255.255", "0.0.0.0", _RTF_UP | _RTF_HOST)
-        _add_route(control, "0.0.0.0", "0.0.0.0", gateway, _RTF_UP | _RTF_GATEWAY)
+def _check_workspace() -> None:
+    if not os.path.ismount(_WORKSPACE):
+        raise OSError(errno.EIO, "the template had mounted none")
 
 
-def _set_flags(control: socket.socket, *, up: bool) -> None:
-    flags = int.from_bytes(_request(control, _SIOCGIFFLAGS, b"")[16:18], "little")
-    flags = flags | _IFF_UP if up else flags & ~_IFF_UP
-    _request(control, _SIOCSIFFLAGS, flags.to_bytes(2, "little"))
+def _mount(disk: str) -> None:
+    if libc.mount(disk, _WORKSPACE, "ext4", _MOUNT_OPTIONS) != 0:
+        raise OSError(errno.EIO, f"the kernel refuses to mount {disk}")
 
 
-def _request(control: socket.socket, number: int, argument: bytes) -> bytes:
-    """An ioctl on struct ifreq: 16 bytes of name, 24 of argument."""
-    import fcntl
-
-    return fcntl.ioctl(control, number, _INTERFACE.ljust(16, b"\0") + argument.ljust(24, b"\0"))
-
-
-def _address(address: str) -> bytes:
-    """struct sockaddr_in without a port."""
-    return socket.AF_INET.to_bytes(2, "little") + b"\0\0" + socket.inet_aton(address) + bytes(8)
-
-
-def _add_route(control: socket.socket, destination: str, mask: str, gateway: str, flags: int) -> None:
-    """struct rtentry on a 64-bit machine; its device is a pointer to a name, which lives as long as the call."""
-    import ctypes  # for a pointer; too slow to load at every start
-    import fcntl
-
-    device = ctypes.create_string_buffer(_INTERFACE)
-    entry = b"".join(
-        (
-            bytes(8),
-            _address(destination),
-            _address(gateway),
-            _address(mask),
-            flags.to_bytes(2, "little"),
-            bytes(2 + 4 + 8 + 8),  # rt_pad2 with its alignment, rt_pad3, tos and class
-            bytes(2 + 6),  # rt_metric with its alignment
-            ctypes.addressof(device).to_bytes(8, "little"),
-            bytes(8 + 8 + 8),  # mtu, window, irtt with its alignment
-        )
-    )
-    try:
-        fcntl.ioctl(control, _SIOCADDRT, entry)
-    except OSError as error:
-        if error.errno != errno.EEXIST:
-            raise
+def _holds_ext4(disk: str) -> bool:
+    with open(disk, "rb", 0) as file:
+        return os.pread(file.fileno(), len(_EXT4_MAGIC), _EXT4_MAGIC_AT) == _EXT4_MAGIC

@@ -71,6 +71,11 @@ def mount(source: str, target: str, fstype: str, options: str) -> int:
     return call("mount", source.encode(), target.encode(), fstype.encode(), flags, options.encode())
 
 
+def unmount(target: str) -> int:
+    """-1 where nothing is mounted, or it is in use."""
+    return call("umount2", target.encode(), 0)
+
+
 def resize_tmpfs(target: str, options: str) -> int:
     """-1 where the kernel refuses."""
     return call("mount", b"tmpfs", target.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_REMOUNT, options.encode())

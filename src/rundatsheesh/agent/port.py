@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes  # noqa: F401  (loaded before it is used: a template is taken of this process, and every clone has it then)
 import fcntl
 import os
 import select

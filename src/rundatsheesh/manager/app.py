@@ -58,7 +58,7 @@ def engines(settings: Settings) -> Mapping[str, Engine]:
     image = find_image(settings.image_cache)
     agent = (image and find_agent(settings.image_cache, image, AGENT)) or AGENT
     gvisor = GVisor(GVisorConfig(settings.image_cache, image_root, agent, settings.gvisor_platform))
-    qemu = Qemu(QemuConfig(image_root, agent))
+    qemu = Qemu(QemuConfig(image_root, agent, disk_mb=settings.default_disk_mb))
     return {gvisor.name: gvisor, qemu.name: qemu}
 
 

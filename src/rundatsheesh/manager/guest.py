@@ -89,6 +89,7 @@ class Guest:
                 "machine_id": identity.machine_id,
                 "entropy": identity.entropy.hex(),
                 "time_ns": identity.time_ns if identity.time_ns is not None else time.time_ns(),
+                "mount_workspace": identity.mount_workspace,
                 "boot_id": identity.boot_id,
             }
         )

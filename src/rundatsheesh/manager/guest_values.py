@@ -30,6 +30,7 @@ class Identity:
     machine_id: str  # 32 hex digits
     entropy: bytes = field(repr=False)  # 64 bytes
     time_ns: int | None = None  # wall clock, ns since the epoch; None reads the host's at the moment of sending
+    mount_workspace: bool = True  # unless its template had an empty one, and the guest's disk is a copy of that
     boot_id: str | None = None  # what `hello` says from now on; clones of one template have the same until then
 
 

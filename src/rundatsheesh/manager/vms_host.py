@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.disk.worker import Workers
 from rundatsheesh.manager.engines.base import Engine, VmFiles
 from rundatsheesh.manager.errors import HostError, InvalidInput, NetworkError, Unavailable
@@ -72,7 +71,7 @@ class VmHost:
     async def make_disk(self, record: VmRecord) -> None:
         files = self.files(record)
         await in_thread(files.directory.mkdir, mode=0o700, parents=True, exist_ok=True)
-        await workspace.create(files.disk, record.spec.disk_mb)
+        await self.engine_of(record).make_disk(record, files)
 
     async def boot(self, record: VmRecord, on_end: OnEnd) -> RunningVm:
         """Network, machine, agent, identity: returns when the guest answers as itself. On failure the machine and the
@@ -84,7 +83,7 @@ class VmHost:
             running = await RunningVm.open(record, engine, machine, on_end, CONNECT_TIMEOUT)
             try:
                 async with running.call() as guest:
-                    await guest.configure(_identity(record))
+                    await guest.configure(_identity(record, mount_workspace=not machine.has_workspace))
             except BaseException:
                 await running.detach()
                 raise
@@ -140,7 +139,7 @@ _PREFERENCE = {Isolation.HARDWARE_VM: 0, Isolation.APPLICATION_KERNEL: 1, Isolat
 _REHEARSAL = ScriptRequest(language="ts", code="", timeout_ms=REHEARSAL_MS, max_output=1024, allow_net=False)
 
 
-def _identity(record: VmRecord) -> Identity:
+def _identity(record: VmRecord, *, mount_workspace: bool) -> Identity:
     """A new boot id each time; the machine id stays the VM's."""
     return Identity(
         hostname=record.id,
@@ -149,6 +148,7 @@ def _identity(record: VmRecord) -> Identity:
         gateway=str(GATEWAY),
         machine_id=uuid.uuid5(uuid.NAMESPACE_OID, record.id).hex,
         entropy=secrets.token_bytes(64),
+        mount_workspace=mount_workspace,
         boot_id=uuid.uuid4().hex,
     )
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 from rundatsheesh.manager.disk.worker import WorkPlace
 from rundatsheesh.manager.engines.base import Capability, Engine, Exit, Machine
@@ -56,7 +57,9 @@ class RunningVm:
         self._expected = False
         self._concluded = asyncio.Event()
         self._exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._tasks = {asyncio.create_task(work) for work in (self._watch_machine(), self._watch_processes())}
+        self._tasks = {asyncio.create_task(self._watch_machine())}
+        self._watching = False
+        self._plan_freeze()
 
     @classmethod
     async def open(cls, record: VmRecord, engine: Engine, machine: Machine, on_end: OnEnd, timeout: float) -> RunningVm:  # noqa: ASYNC109
@@ -217,16 +220,26 @@ class RunningVm:
 
     def _plan_freeze(self) -> None:
         self._hold_freeze()
-        if self._idle and Capability.FREEZE in self.engine.capabilities:
-            loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if not self._watching and self._calls == 0:
+            # Not before: a clone's CPU is busy with its first calls, and would be so for 20 ms longer.
+            self._freeze_timer = loop.call_later(FREEZE_AFTER, self._start_watching)
+        elif self._idle and Capability.FREEZE in self.engine.capabilities:
             self._freeze_timer = loop.call_later(FREEZE_AFTER, self._start_freeze)
 
     @property
     def _idle(self) -> bool:
         return self._calls == 0 and self._processes == 0 and not self._frozen and not self._expected
 
+    def _start_watching(self) -> None:
+        self._watching = True
+        self._start(self._watch_processes())
+
     def _start_freeze(self) -> None:
-        task = asyncio.create_task(self._freeze())
+        self._start(self._freeze())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

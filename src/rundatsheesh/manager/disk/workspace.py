@@ -11,12 +11,12 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rundatsheesh.manager.errors import HostError, StorageFull
-from rundatsheesh.manager.host import loops, mounts, process
+from rundatsheesh.manager.host import loops, memfile, mounts, process
 from rundatsheesh.manager.host.mounts import Flag
 from rundatsheesh.manager.host.threads import in_thread
 from rundatsheesh.manager.model import GUEST_UID
@@ -35,17 +35,30 @@ _MOUNT_OPTIONS = "noinit_itable,discard,errors=remount-ro"
 async def create(path: Path, size_mb: int) -> None:
     """Make an empty disk of this size whose root belongs to the guest's user. It appears complete or not at all, also
     when the host crashes; an existing one is left as it is. Raises StorageFull, HostError."""
-    if await in_thread(path.exists):
-        return
-    new = path.with_name(path.name + ".new")
-    with _storage_errors(path):
-        await in_thread(_make_sparse, new, size_mb * MIB)
-        try:
-            await _format(new, size_mb)
-            await in_thread(_commit, new, path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+    await _make(path, size_mb * MIB, lambda new: _format(new, size_mb))
+
+
+async def create_copy(path: Path, template: int) -> None:
+    """As `create`, with the content of an open file, a disk that nobody writes to."""
+    await _make(path, os.fstat(template).st_size, lambda new: in_thread(_copy_to, template, new))
+
+
+async def create_in_memory(size_mb: int) -> int:
+    """A descriptor of an empty disk that has no path. Takes a few hundred kilobytes."""
+    disk = memfile.create("disk", size_mb * MIB)
+    try:
+        await _format(Path(f"/proc/self/fd/{disk}"), size_mb, pass_fds=[disk])
+    except BaseException:
+        os.close(disk)
+        raise
+    return disk
+
+
+def copy_in_memory(template: int) -> int:
+    """A descriptor of a copy that may be written to and has no path."""
+    disk = memfile.create("disk", os.fstat(template).st_size)
+    _copy(template, disk)
+    return disk
 
 
 async def mount(path: Path, mountpoint: Path) -> None:
@@ -61,12 +74,27 @@ async def unmount(mountpoint: Path) -> None:
     await in_thread(_unmount, mountpoint)
 
 
-async def _format(path: Path, size_mb: int) -> None:
+async def _make(path: Path, size: int, fill: Callable[[Path], Awaitable[None]]) -> None:
+    if await in_thread(path.exists):
+        return
+    new = path.with_name(path.name + ".new")
+    with _storage_errors(path):
+        await in_thread(_make_sparse, new, size)
+        try:
+            await fill(new)
+            await in_thread(_commit, new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+async def _format(path: Path, size_mb: int, pass_fds: Sequence[int] = ()) -> None:
     journal_mb = 4 if size_mb < 1024 else 16  # its space is taken from the host for good once it was written to
     extended = f"lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner={GUEST_UID}:{GUEST_UID}"
     options = ["-q", "-F", "-b", "4096", "-m", "0", "-J", f"size={journal_mb}", "-E", extended, "-O", "^resize_inode"]
-    await process.run(["mkfs.ext4", *options, str(path)], timeout=FORMAT_TIMEOUT)
-    await process.run(["debugfs", "-w", "-R", "rmdir lost+found", str(path)], timeout=FORMAT_TIMEOUT)
+    without = ["debugfs", "-w", "-R", "rmdir lost+found", str(path)]
+    await process.run(["mkfs.ext4", *options, str(path)], timeout=FORMAT_TIMEOUT, pass_fds=pass_fds)
+    await process.run(without, timeout=FORMAT_TIMEOUT, pass_fds=pass_fds)
 
 
 def _make_sparse(path: Path, size: int) -> None:
@@ -78,6 +106,32 @@ def _make_sparse(path: Path, size: int) -> None:
         os.ftruncate(descriptor, size)
     finally:
         os.close(descriptor)
+
+
+def _copy_to(source: int, path: Path) -> None:
+    with open(path, "r+b", 0) as file:
+        _copy(source, file.fileno())
+
+
+def _copy(source: int, target: int) -> None:
+    """What holds data; the rest of `target` stays as sparse as it is. Moves the position of `source`."""
+    end = 0
+    while (start := _seek(source, end, os.SEEK_DATA)) is not None:
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        os.lseek(target, start, os.SEEK_SET)
+        at = start
+        while at < end:
+            at += os.sendfile(target, source, at, end - at)
+
+
+def _seek(descriptor: int, position: int, how: int) -> int | None:
+    """None where there is no data up to the end."""
+    try:
+        return os.lseek(descriptor, position, how)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
 
 
 def _commit(new: Path, path: Path) -> None:

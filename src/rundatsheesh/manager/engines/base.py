@@ -66,6 +66,10 @@ class Machine(Protocol):
     def workplace(self) -> WorkPlace | None:
         """Where this host has the workspace mounted, for file work without the guest; None where only the guest has."""
 
+    @property
+    def has_workspace(self) -> bool:
+        """Whether the guest has mounted its workspace by the time its agent answers."""
+
     async def connect(self) -> Stream:
         """Open a byte stream to the agent. Waits for the agent to listen; raises EngineError when the guest ended."""
 
@@ -92,6 +96,10 @@ class Engine(Protocol):
 
     def available(self) -> Availability:
         """Look at the host without side effects. Never hangs."""
+
+    async def make_disk(self, record: VmRecord, files: VmFiles) -> None:
+        """Make the empty disk of a VM that has never run, unless it exists; `files.directory` does. It appears complete
+        or not at all. Raises StorageFull, HostError."""
 
     async def start(self, record: VmRecord, files: VmFiles) -> Machine:
         """Boot the guest. The network of `record.slot` is attached and its disk exists. On failure nothing is left

@@ -82,6 +82,9 @@ class GVisor:
         except (HostError, OSError) as error:
             return Availability(False, str(error), getattr(error, "hint", None))
 
+    async def make_disk(self, record: VmRecord, files: VmFiles) -> None:
+        await workspace.create(files.disk, record.spec.disk_mb)
+
     async def start(self, record: VmRecord, files: VmFiles) -> GVisorMachine:
         await self.release(record, files)
         try:
@@ -123,14 +126,17 @@ class GVisor:
         await workspace.mount(files.disk, files.workspace)
         await in_thread(gvisor_files.prepare, record, files, cgroup.path)
         child = await self._launch(record, files, cgroup)
-        _, writer = await gvisor_channel.connect(
+        stream = await gvisor_channel.connect(
             SandboxFiles(files.runtime).socket, child.exited, self.config.boot_timeout
         )
-        writer.close()
-        processes = await in_thread(find_processes, child.ref, cgroup)
-        await in_thread(gvisor_files.write_processes, files, processes)
-        await in_thread(cgroup.set_memory, (record.spec.mem_mb + OVERHEAD_MB) * MIB)
-        return GVisorMachine(files, cgroup, processes, child)
+        try:
+            processes = await in_thread(find_processes, child.ref, cgroup)
+            await in_thread(gvisor_files.write_processes, files, processes)
+            await in_thread(cgroup.set_memory, (record.spec.mem_mb + OVERHEAD_MB) * MIB)
+        except BaseException:
+            stream[1].close()
+            raise
+        return GVisorMachine(files, cgroup, processes, child, stream)
 
     async def _launch(self, record: VmRecord, files: VmFiles, cgroup: Cgroup) -> Child:
         platform = self.config.platform

@@ -26,13 +26,21 @@ SIGNALLED = 128  # exit statuses above it name a signal
 class GVisorMachine:
     """Implements engines.base.Machine. Make one only for a sandbox that runs; it watches from then on."""
 
-    def __init__(self, files: VmFiles, cgroup: Cgroup, processes: Sequence[ProcessRef], child: Child | None) -> None:
+    def __init__(
+        self,
+        files: VmFiles,
+        cgroup: Cgroup,
+        processes: Sequence[ProcessRef],
+        child: Child | None,
+        stream: Stream | None = None,
+    ) -> None:
         self._files = files
         self._sandbox = SandboxFiles(files.runtime)
         self._cgroup = cgroup
         self._runsc = processes[0]
         self._processes = tuple(processes)
         self._child = child  # None when an earlier manager started it: then the exit status is not ours to read
+        self._stream = stream  # to the agent, for the first who connects
         self._stopping = False
         self._freezing = asyncio.Lock()
         self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
@@ -46,7 +54,14 @@ class GVisorMachine:
         """The guest sees at once what is changed there, for runsc asks the host at each access."""
         return WorkPlace(self._files.disk, self._files.workspace, self._cgroup.directories())
 
+    @property
+    def has_workspace(self) -> bool:
+        return True
+
     async def connect(self) -> Stream:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            return stream
         try:
             return await gvisor_channel.connect(self._sandbox.socket, self.wait, CONNECT_TIMEOUT)
         except EngineError as error:
@@ -78,6 +93,9 @@ class GVisorMachine:
     async def _watch(self) -> Exit:
         """Notice the first end among the sandbox's processes, see to it that nothing of it is left, and say why."""
         await gvisor_channel.first_of([process.wait() for process in self._processes], None)
+        if self._stream is not None:
+            self._stream[1].close()
+            self._stream = None
         await self.thaw()  # a frozen runsc could not tell us anything
         await gvisor_channel.first_of([self._runsc.wait()], AFTERMATH_TIMEOUT)
         crashed = self._runsc.alive()

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines import qemu_args, qemu_boot, qemu_files
-from rundatsheesh.manager.engines.base import Availability, Capability, VmFiles
+from rundatsheesh.manager.engines.base import Availability, Capability, Stream, VmFiles
 from rundatsheesh.manager.engines.qemu_args import Accelerator, Boot, Clone, Descriptors, Hardware
 from rundatsheesh.manager.engines.qemu_files import MachineFiles
 from rundatsheesh.manager.engines.qemu_machine import QemuMachine
@@ -55,6 +56,7 @@ class QemuConfig:
     image_root: Callable[[str], Path]  # image id → the guest's root directory, beside which its boot files lie
     agent: Path  # directory of the agent's package
     templates: bool = True  # start VMs as clones; otherwise each boots its kernel
+    disk_mb: int = 1024  # of the workspace that templates have mounted: new VMs with such a disk start faster
     boot_timeout: float = BOOT_TIMEOUT
 
 
@@ -65,6 +67,8 @@ class Qemu:
     capabilities: frozenset[Capability] = field(default=frozenset({Capability.FREEZE}), init=False)
     link: Literal["veth", "tap"] = field(default="tap", init=False)
     templates: Templates = field(default_factory=Templates, init=False)
+    # VMs whose disk is the copy of a template's and was not in use since, until they are started.
+    _fresh: dict[str, Template] = field(default_factory=dict, init=False)
     _accelerator: Accelerator | None = field(default=None, init=False)
     _layout: Layout | None = field(default=None, init=False)
     _agent: qemu_boot.Agent | None = field(default=None, init=False)
@@ -86,10 +90,20 @@ class Qemu:
         except (HostError, OSError) as error:
             return Availability(False, str(error), getattr(error, "hint", None))
 
+    async def make_disk(self, record: VmRecord, files: VmFiles) -> None:
+        """As promised by Engine: where it can, what the template has mounted, so that the guest need not mount it."""
+        if not self.config.templates or record.spec.disk_mb != self.config.disk_mb or files.disk.exists():
+            return await workspace.create(files.disk, record.spec.disk_mb)
+        _, template = await self._template(record, files)
+        with template.disk() as disk:
+            await workspace.create_copy(files.disk, disk)
+        self._fresh[record.id] = template
+
     async def start(self, record: VmRecord, files: VmFiles) -> QemuMachine:
+        fresh = self._fresh.pop(record.id, None)
         await self.release(record, files)
         try:
-            return await self._start(record, files)
+            return await self._start(record, files, fresh)
         except BaseException as error:
             log = qemu_files.evidence(files)
             # To its end even when we are cancelled, or a process would go on without an owner.
@@ -111,60 +125,87 @@ class Qemu:
         return QemuMachine(files, cgroup, found, None, qmp)
 
     async def release(self, record: VmRecord, files: VmFiles) -> None:
+        self._fresh.pop(record.id, None)
         cgroup = self._cgroup(record)
         await in_thread(cgroup.kill)
         await in_thread(qemu_files.remove, files)
         await in_thread(cgroup.remove)
 
-    async def _start(self, record: VmRecord, files: VmFiles) -> QemuMachine:
+    async def _start(self, record: VmRecord, files: VmFiles, fresh: Template | None) -> QemuMachine:
         if not self.config.templates:
-            return await self._run(record, files, None)
-        key = await in_thread(self._key, record)
-        template = await self.templates.get(key, lambda: self._make_template(record, files))
+            return await self._run(record, files, None, is_fresh=False)
+        key, template = await self._template(record, files)
         try:
-            return await self._run(record, files, template)
+            # Any disk may be mounted as one that is not fresh, that of another template too.
+            return await self._run(record, files, template, is_fresh=template is fresh)
         except EngineError:
             # Whatever the reason, the next start is not to meet it again.
             self.templates.discard(key)
             raise
 
-    async def _run(self, record: VmRecord, files: VmFiles, template: Template | None) -> QemuMachine:
-        """Start QEMU for a VM; returns once the guest runs."""
+    async def _template(self, record: VmRecord, files: VmFiles) -> tuple[Key, Template]:
+        key = await in_thread(self._key, record)
+        return key, await self.templates.get(key, lambda: self._make_template(record, files))
+
+    async def _run(self, record: VmRecord, files: VmFiles, template: Template | None, *, is_fresh: bool) -> QemuMachine:
+        """Start QEMU for a VM; returns once the guest runs. `is_fresh`: its disk is what the template has mounted."""
         with ExitStack() as held:
             start, memory = self._boot(record, held) if template is None else _clone(template, held)
             network = held.enter_context(tap.opened(record.slot.link))
-            disk = held.enter_context(qemu_files.opened(files.disk, os.O_RDWR))
-            child = await self._launch(record, files, start, memory, network, disk)
-        qmp = await Qmp.connect(MachineFiles(files.runtime).qmp)
+            own = held.enter_context(qemu_files.opened(files.disk, os.O_RDWR))
+            # What the template has mounted must be there in any case, for the guest to unmount.
+            disks = (None, own) if is_fresh else (own, _copy_of_disk(template, held))
+            child = await self._launch(record, files, start, memory, network, disks)
+        # Before the template is loaded, which was saved connected.
+        stream = await asyncio.open_unix_connection(str(MachineFiles(files.runtime).agent))
+        qmp = await _or_close(stream, Qmp.connect(MachineFiles(files.runtime).qmp))
         try:
             await _resume(qmp, start)
             await in_thread(qemu_files.write_process, files, child.ref)
         except BaseException:
+            stream[1].close()
             await qmp.close()
             raise
-        return QemuMachine(files, self._cgroup(record), child.ref, child, qmp)
+        return QemuMachine(files, self._cgroup(record), child.ref, child, qmp, stream, has_workspace=is_fresh)
 
     async def _make_template(self, record: VmRecord, files: VmFiles) -> Template:
+        try:
+            return await self._boot_template(record, files)
+        except OSError as error:
+            raise EngineError(f"cannot make a template: {error}") from error
+        finally:
+            # To its end even when we are cancelled, or a process would go on without an owner.
+            await asyncio.shield(asyncio.ensure_future(self.release(record, files)))
+
+    async def _boot_template(self, record: VmRecord, files: VmFiles) -> Template:
         """Boot a machine in the place of the VM that is the first to need it, and keep it. No user's code ever runs in
-        it. Leaves nothing behind in the VM's place."""
+        it."""
         with ExitStack() as held:
+            disk = await workspace.create_in_memory(self.config.disk_mb)
+            held.callback(os.close, disk)
             start, memory = self._boot(record, held)
             network = held.enter_context(tap.temporary())
             state = memfile.create("state")
             held.callback(os.close, state)
-            child = await self._launch(record, files, start, memory, network, None)
+            child = await self._launch(record, files, start, memory, network, (None, disk))
             await self._save(files, state)
             await child.wait()
-            kept = os.dup(memory), os.dup(state)
-        await self.release(record, files)
+            kept = os.dup(memory), os.dup(state), os.dup(disk)
         return Template(*kept)
 
     async def _save(self, files: VmFiles, state: int) -> None:
         """Wait for the agent, then stop the machine and write out the state of its devices; its memory is a file
-        already. QEMU ends."""
+        already. QEMU ends. The machine is saved with somebody at the other end of the agent's port: to be told of that
+        takes a clone longer than to answer."""
         machine = MachineFiles(files.runtime)
         stream = await asyncio.open_unix_connection(str(machine.agent))
-        await qemu_boot.greet(stream, self.config.boot_timeout)
+        try:
+            await qemu_boot.rehearse(stream, self.config.boot_timeout)
+            await self._stop_and_save(machine, state)
+        finally:
+            stream[1].close()
+
+    async def _stop_and_save(self, machine: MachineFiles, state: int) -> None:
         qmp = await Qmp.connect(machine.qmp)
         try:
             await qmp.execute("stop")
@@ -189,8 +230,9 @@ class Qemu:
         start: Boot | Clone,
         memory: int,
         network: int,
-        disk: int | None,
+        disks: tuple[int | None, int | None],
     ) -> Child:
+        """`disks`: the VM's own, and the fresh one."""
         hardware = self._hardware(record)
         cgroup = self._cgroup(record)
         # The guest cannot use more than its CPUs, each a thread. Devices are one more; with less both would be stopped
@@ -209,7 +251,8 @@ class Qemu:
                 agent=held.enter_context(qemu_files.listening(machine.agent)),
                 network=network,
                 transfer=held.enter_context(qemu_files.opened(machine.transfer, os.O_RDWR)),
-                workspace=disk,
+                workspace=disks[0],
+                fresh=disks[1],
             )
             kvm_user = user if hardware.accelerator is Accelerator.KVM else None
             tree = await opened_in_thread(qemu_files.private_tree, files, _program(), kvm_user)
@@ -284,6 +327,15 @@ def _clone(template: Template, held: ExitStack) -> tuple[Clone, int]:
     return Clone(state), memory
 
 
+def _copy_of_disk(template: Template | None, held: ExitStack) -> int | None:
+    if template is None:
+        return None
+    with template.disk() as disk:
+        copy = workspace.copy_in_memory(disk)
+    held.callback(os.close, copy)
+    return copy
+
+
 def _descriptors(start: Boot | Clone) -> tuple[int, ...]:
     return (start.kernel, start.initrd) if isinstance(start, Boot) else (start.state,)
 
@@ -292,6 +344,14 @@ async def _set_capabilities(qmp: Qmp, *names: str) -> None:
     """x-ignore-shared: memory is no part of the saved state, for it is in its file."""
     states = [{"capability": name, "state": True} for name in names]
     await qmp.execute("migrate-set-capabilities", capabilities=states)
+
+
+async def _or_close(stream: Stream, connecting: Awaitable[Qmp]) -> Qmp:
+    try:
+        return await connecting
+    except BaseException:
+        stream[1].close()
+        raise
 
 
 async def _resume(qmp: Qmp, start: Boot | Clone) -> None:

@@ -18,8 +18,8 @@ EMULATED_CPU = "Nehalem-v1,+arat"
 # QEMU would take a quarter of the guest's memory for translated code; 64 MiB hold what a busy interpreter needs.
 TRANSLATION_MB = 64
 
-# Found through ACPI. The kernel probes from the highest bus down, so that gives /dev/vport0p1, /dev/vda, vdb and vdc.
-AGENT_BUS, ROOT_BUS, WORKSPACE_BUS, TRANSFER_BUS, NETWORK_BUS, ENTROPY_BUS = 7, 6, 5, 4, 3, 2
+# Found through ACPI. The kernel probes from the highest bus down, so that gives /dev/vport0p1, /dev/vda, vdb, vdc, vdd.
+AGENT_BUS, ROOT_BUS, WORKSPACE_BUS, TRANSFER_BUS, NETWORK_BUS, ENTROPY_BUS, FRESH_BUS = 7, 6, 5, 4, 3, 2, 1
 
 # As large as a disk can be: the template sees this size, its clones mount whatever file system is on their own disk.
 PLACEHOLDER_BYTES = 1 << 46
@@ -54,11 +54,12 @@ class Descriptors:
     agent: int
     network: int  # a tap
     transfer: int  # read and write: a disk for what is on its way
-    workspace: int | None  # read and write; None is a disk that is always empty, for a template
+    workspace: int | None  # read and write; None is a disk that is always empty
+    fresh: int | None = None  # likewise: the workspace that a template mounts, or a copy of it as it was then
 
     def all(self) -> tuple[int, ...]:
         numbers = (self.memory, self.root, self.console, self.qmp, self.agent, self.network, self.transfer)
-        return numbers if self.workspace is None else (*numbers, self.workspace)
+        return (*numbers, *(disk for disk in (self.workspace, self.fresh) if disk is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +142,23 @@ def _disks(files: Descriptors) -> list[str]:
         *("-blockdev", "driver=file,node-name=root,filename=/dev/fdset/1,read-only=on"),
         *("-device", f"virtio-blk-device,drive=root,{_bus(ROOT_BUS)}"),
     ]
-    if files.workspace is None:
-        node = f"driver=null-co,node-name=workspace,size={PLACEHOLDER_BYTES},read-zeroes=on"
-    else:
-        arguments += _add_file(files.workspace, 2)
-        node = "driver=file,node-name=workspace,filename=/dev/fdset/2,discard=unmap"
     return [
         *arguments,
-        *("-blockdev", node, "-device", f"virtio-blk-device,drive=workspace,{_bus(WORKSPACE_BUS)}"),
+        *_own_disk(files.workspace, 2, "workspace", WORKSPACE_BUS),
         *_add_file(files.transfer, 4),
         *("-blockdev", "driver=file,node-name=transfer,filename=/dev/fdset/4"),
         *("-device", f"virtio-blk-device,drive=transfer,{_bus(TRANSFER_BUS)}"),
+        *_own_disk(files.fresh, 5, "fresh", FRESH_BUS),
     ]
+
+
+def _own_disk(descriptor: int | None, number: int, name: str, bus: int) -> list[str]:
+    device = ["-device", f"virtio-blk-device,drive={name},{_bus(bus)}"]
+    if descriptor is None:
+        placeholder = f"driver=null-co,node-name={name},size={PLACEHOLDER_BYTES},read-zeroes=on"
+        return ["-blockdev", placeholder, *device]
+    file = f"driver=file,node-name={name},filename=/dev/fdset/{number},discard=unmap"
+    return [*_add_file(descriptor, number), "-blockdev", file, *device]
 
 
 def _channels(files: Descriptors) -> list[str]:

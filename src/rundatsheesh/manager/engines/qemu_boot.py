@@ -17,6 +17,7 @@ from rundatsheesh.manager.host.bootfiles import BootFiles
 
 UNCHECKED = (1).to_bytes(4, "little")
 _READ = 1 << 16
+_REHEARSAL = {"call": "exec", "cmd": "true", "env": {}, "cwd": "/workspace", "timeout_ms": 60_000, "max_output": 1024}
 _CPUINFO_BYTES = 4096  # holds the first processor
 
 
@@ -33,23 +34,31 @@ class Agent:
         return memfile.sealed("initrd", boot_files.initrd.read_bytes() + self._archive)
 
 
-async def greet(stream: Stream, timeout: float) -> None:  # noqa: ASYNC109  (named in its error)
-    """Return when the agent has answered. Closes the stream. Raises EngineError."""
+async def rehearse(stream: Stream, timeout: float) -> None:  # noqa: ASYNC109  (named in its error)
+    """Return when the agent has answered and run a program: what that reads from the disk and writes to memory, no
+    clone has to any more. Leaves the stream open. Raises EngineError."""
     reader, writer = stream
     end = wire.HostEnd(secrets.token_bytes(wire.NONCE_BYTES))
     try:
         async with asyncio.timeout(timeout):
             writer.write(end.greeting())
-            await writer.drain()
-            while data := await reader.read(_READ):
-                if end.receive(data):
-                    return
+            await _answer(reader, end)
+            _, request = end.request(wire.encode(_REHEARSAL))
+            writer.write(request)
+            if (await _answer(reader, end)).kind != wire.REPLY:
+                raise EngineError("the agent does not run a program")
     except TimeoutError:
         raise EngineError(f"the agent does not answer after {timeout:g} s") from None
     except (OSError, wire.ProtocolError) as error:
         raise EngineError(f"the agent does not answer: {error}") from error
-    finally:
-        writer.close()
+
+
+async def _answer(reader: asyncio.StreamReader, end: wire.HostEnd) -> wire.Event:
+    """The next greeting or end of a call."""
+    while data := await reader.read(_READ):
+        for event in end.receive(data):
+            if event.kind in (wire.HELLO, wire.REPLY, wire.ERROR):
+                return event
     raise EngineError("the guest ended before its agent answered")
 
 

@@ -25,12 +25,24 @@ _PANIC = re.compile(r"Kernel panic - not syncing: (.*)")
 class QemuMachine:
     """Implements engines.base.Machine. Make one only for a machine that runs; it watches from then on."""
 
-    def __init__(self, files: VmFiles, cgroup: Cgroup, process: ProcessRef, child: Child | None, qmp: Qmp) -> None:
+    def __init__(
+        self,
+        files: VmFiles,
+        cgroup: Cgroup,
+        process: ProcessRef,
+        child: Child | None,
+        qmp: Qmp,
+        stream: Stream | None = None,
+        *,
+        has_workspace: bool = False,
+    ) -> None:
         self._files = files
         self._cgroup = cgroup
         self._process = process
         self._child = child  # None when an earlier manager started it: then the exit status is not ours to read
         self._qmp = qmp
+        self._stream = stream  # to the agent, for the first who connects
+        self.has_workspace = has_workspace
         self._stopping = False
         self._freezing = asyncio.Lock()
         self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
@@ -46,6 +58,9 @@ class QemuMachine:
 
     async def connect(self) -> Stream:
         """As promised by Machine, but the stream is there before the agent is: what is sent waits for it."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            return stream
         try:
             return await asyncio.open_unix_connection(str(MachineFiles(self._files.runtime).agent))
         except OSError as error:
@@ -86,6 +101,12 @@ class QemuMachine:
         self._exit.cancel()
         await asyncio.gather(self._exit, return_exceptions=True)
         await self._qmp.close()
+        self._close_stream()
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream[1].close()
+            self._stream = None
 
     async def _ends_within(self, seconds: float) -> bool:
         done, _ = await asyncio.wait([self._exit], timeout=seconds)
@@ -98,6 +119,7 @@ class QemuMachine:
         await asyncio.wait([last_words], timeout=LAST_WORDS_TIMEOUT)
         await self._qmp.close()
         await last_words
+        self._close_stream()
         await in_thread(self._cgroup.kill)
         status = await self._child.wait() if self._child is not None else None
         evidence = await in_thread(qemu_files.evidence, self._files)

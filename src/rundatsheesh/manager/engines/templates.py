@@ -1,6 +1,7 @@
 """Templates: machines that were booted once and stopped, of which each VM is a clone.
 
-A template is two files in memory, the guest's memory and the state of its devices. They are sealed, so no clone can
+A template is three files in memory: the guest's memory, the state of its devices, and the empty disk that it had
+mounted as its workspace, as that was when it was stopped. They are sealed, so no clone can
 change what others start from. They live as long as this manager: a template that would outlive a change of the host, of
 QEMU or of the image does not exist, and within one life the key tells.
 """
@@ -34,12 +35,13 @@ class Key:
 
 
 class Template:
-    def __init__(self, memory: int, state: int) -> None:
-        """Takes over both descriptors and seals the files; no process may have them mapped for writing."""
+    def __init__(self, memory: int, state: int, disk: int) -> None:
+        """Takes over the descriptors and seals the files; no process may have them mapped for writing."""
         self._memory = memory
         self._state = state
-        memfile.seal(memory)
-        memfile.seal(state)
+        self._disk = disk
+        for file in (memory, state, disk):
+            memfile.seal(file)
 
     @contextmanager
     def opened(self) -> Iterator[tuple[int, int]]:
@@ -50,9 +52,15 @@ class Template:
             state = stack.enter_context(memfile.reopened(self._state, os.O_RDONLY))
             yield memory, state
 
+    @contextmanager
+    def disk(self) -> Iterator[int]:
+        """A descriptor of the disk, to copy it from."""
+        with memfile.reopened(self._disk, os.O_RDONLY) as disk:
+            yield disk
+
     def close(self) -> None:
-        os.close(self._memory)
-        os.close(self._state)
+        for file in (self._memory, self._state, self._disk):
+            os.close(file)
 
 
 class Templates:
