@@ -14,7 +14,8 @@ DEFAULT_SOCKET = "/run/agent/agent.sock"
 
 class Options:
     """--engine NAME; --socket PATH to listen on, or --port NAME of a virtio-serial port (or a device's path);
-    --max-processes N and --max-files N, limits of the user. Parsed by hand: argparse costs more than all the rest."""
+    --max-processes N and --max-files N, limits of the user; --cpus N, how many of those that the kernel shows to use.
+    Parsed by hand: argparse costs more than all the rest."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.engine = "gvisor"
@@ -22,6 +23,7 @@ class Options:
         self.port: str | None = None
         self.max_processes = 512
         self.max_files = 4096
+        self.cpus: int | None = None
         pairs = iter(arguments)
         for name in pairs:
             value = next(pairs, None)
@@ -40,6 +42,8 @@ class Options:
             self.max_processes = int(value)
         elif name == "--max-files" and value.isdecimal():
             self.max_files = int(value)
+        elif name == "--cpus" and value.isdecimal():
+            self.cpus = int(value)
         else:
             _refuse(f"cannot understand {name} {value}")
 
