@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 DEVELOPMENT_API_KEY = "dev-key"
 DEVELOPMENT_EMAIL = "admin@localhost"
 DEVELOPMENT_PASSWORD = "admin"
+_KNOWN = {"api_key": DEVELOPMENT_API_KEY, "admin_password": DEVELOPMENT_PASSWORD}
 
 
 class Settings(BaseSettings):
@@ -61,9 +62,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _secrets(self) -> Settings:
+        if self.is_loopback:
+            return self
         missing = [name.upper() for name in ("api_key", "admin_email", "admin_password") if not _text(self, name)]
-        if missing and not self.is_loopback:
+        if missing:
             raise ValueError(f"HOST={self.host} is not a loopback address, so {', '.join(missing)} must be set")
+        known = [name.upper() for name, value in _KNOWN.items() if _text(self, name) == value]
+        if known:  # everybody can read them in the documentation
+            raise ValueError(f"HOST={self.host} is not a loopback address, so {', '.join(known)} must be a real secret")
         return self
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from rundatsheesh.manager.api.ratelimit import Throttle, TokenBuckets
 from rundatsheesh.manager.api.services import CredentialService
 from rundatsheesh.manager.errors import Forbidden, InvalidInput, LimitReached
 from rundatsheesh.manager.model import ApiKey, Caller, Rights, Scope, Session, now
-from rundatsheesh.manager.settings import Settings
+from rundatsheesh.manager.settings import DEVELOPMENT_API_KEY, Settings
 
 COOKIE = "rds_session"
 MAX_TOKEN_CHARS = 256
@@ -188,7 +188,7 @@ class DevelopmentHost:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._active = not settings.api_key.get_secret_value()
+        self._active = settings.effective_api_key == DEVELOPMENT_API_KEY
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if self._active and scope["type"] == "http" and not _is_own_name(Headers(scope=scope).get("host", "localhost")):
