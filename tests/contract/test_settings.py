@@ -79,7 +79,9 @@ def test_what_the_documentation_tells_is_no_secret(server: Server, tmp_path: Pat
     assert "API_KEY, ADMIN_PASSWORD" in refused.stderr and "ADMIN_EMAIL" not in refused.stderr
 
 
-@pytest.mark.parametrize(("name", "value"), [("MAX_VMS", "many"), ("PORT", "70000"), ("DNS_SERVER_IP", "nonsense")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("MAX_VMS", "many"), ("PORT", "70000"), ("DNS_SERVER_IP", "nonsense"), ("ENGINE", "bogus")]
+)
 def test_wrong_values_are_refused_by_name(server: Server, tmp_path: Path, name: str, value: str) -> None:
     changed = {"STORAGE_ROOT": str(tmp_path / "root"), "RUNTIME_DIR": str(tmp_path / "run"), name: value}
     refused = rds(server, tmp_path, "serve", **changed)

@@ -36,7 +36,9 @@ class Settings(BaseSettings):
     image_cache: Path = Field(Path("/var/cache/rundatsheesh"), description="Guest images and runsc; shared by servers.")
     runtime_dir: Path = Field(Path("/run/rundatsheesh"), description="Sockets and locks; keep it short.")
     database_url: str = Field("", description="SQLAlchemy URL; a SQLite file in STORAGE_ROOT unless set.")
-    engine: str = Field("auto", description="Engine of VMs that name none: auto, gvisor or qemu.")
+    engine: str = Field(
+        "auto", pattern="^(auto|gvisor|qemu)$", description="Engine of VMs that name none: auto, gvisor or qemu."
+    )
     gvisor_platform: str = Field("systrap", pattern="^(systrap|ptrace|kvm)$", description="How gVisor traps calls.")
     max_vms: int = Field(100, ge=1, le=700, description="VMs that may exist at once.")
     max_cpu: int = Field(os.cpu_count() or 1, ge=1, description="vCPUs of one VM at most; the host's number of CPUs.")
