@@ -68,7 +68,7 @@ class Runsc:
             etc=str(own / "etc"),
             netns="",
         )
-        config = oci.configuration(vm_id=name, mem_mb=MEM_MB, cgroup="", sources=sources)
+        config = oci.configuration(vm_id=name, cpu=1, mem_mb=MEM_MB, cgroup="", sources=sources)
         config["linux"] = {"namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "network")]}
         if args is not None:
             config["process"] |= {"args": list(args), "user": {"uid": GUEST_UID, "gid": GUEST_UID}, "cwd": WORKSPACE}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from http.client import HTTPConnection
+import socket
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 import pytest
 
-from server_support import KEY, Box, Server
+from server_support import KEY, Box, Server, scale
 
 GOOD: dict[str, Any] = {"cpu": 1, "memMb": 256, "allowIps": []}
 
@@ -55,6 +56,8 @@ def problem(answer: Any, status: int = 400, code: str | None = None) -> str:
         ({"labels": ["a"]}, "labels"),
         ({"labels": {str(n): "" for n in range(33)}}, "labels"),
         ({"engine": "vmware"}, "vmware"),
+        ({"engine": "GVISOR"}, "GVISOR"),
+        ({"engine": ""}, "engine"),
         ({"engine": 7}, "engine"),
         ({"unknownField": 1}, "unknownField"),
         ({"CPU": 1}, "CPU"),
@@ -220,6 +223,31 @@ def test_wrong_methods_are_405(server: Server) -> None:
     answer = server.http.put("/v1/vms", json={})
     problem(answer, 405)
     assert "GET" in answer.headers["Allow"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"hello\r\n\r\n",
+        b"BREW /v1/vms HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: many\r\n\r\n",
+        b"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"POST /auth/login HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno\r\n",
+    ],
+    ids=["text", "method", "long", "length", "lengths", "chunk"],
+)
+def test_what_is_not_http_gets_an_error_like_any_other(server: Server, request_: bytes) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=scale(10)) as connection:
+        connection.sendall(request_)
+        answer = HTTPResponse(connection)
+        answer.begin()
+        body = json.loads(answer.read())
+        assert connection.recv(1) == b"", "the connection is closed"
+    assert (answer.status, body["code"]) == (400, "malformed_request")
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["X-Request-Id"] == body["requestId"] and body["requestId"] in server.log.read_text()
 
 
 def test_an_upload_over_the_limit_is_413_before_it_is_sent(box: Box) -> None:

@@ -46,6 +46,14 @@ def test_what_is_writable(box: Box) -> None:
         assert box.exec(f"echo x > {path}/probe")["exitCode"] != 0, path
 
 
+@pytest.mark.every_engine
+def test_the_number_of_cpus(box: Box) -> None:
+    """Programs start as many threads as this says; the box was created with one CPU."""
+    assert box.output("nproc") == "1\n"
+    assert box.output("python3 -c 'import os; print(len(os.sched_getaffinity(0)))'") == "1\n"
+    assert box.ts("result.set(navigator.hardwareConcurrency)")["result"] == 1
+
+
 def test_home_user_is_the_workspace(box: Box) -> None:
     box.output("echo same > /home/user/alias.txt")
     assert box.output("cat /workspace/alias.txt && rm /workspace/alias.txt") == "same\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,32 @@ def neighbour(server: Server, engine: str) -> Iterator[Box]:
     assert made.output("echo fine") == "fine\n"
     assert made.look()["state"] == "RUNNING"
     made.delete()
+
+
+def processes_of(box: Box) -> list[int]:
+    """On the host, by the control group that bears the VM's name."""
+    groups = Path("/proc").glob("[0-9]*/cgroup")
+    return [int(group.parent.name) for group in groups if box.id in read_or_nothing(group)]
+
+
+def read_or_nothing(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+@pytest.mark.every_engine
+def test_a_dead_vm_is_not_shown_alive(vm: NewVm) -> None:
+    """From the moment that a call was told of its end."""
+    box = vm(memMb=256)
+    with ThreadPoolExecutor() as threads:
+        told = threads.submit(lambda: (box.post("exec", {"cmd": "sleep 60"}), box.look()["state"]))
+        eventually(lambda: box.output("pgrep -x sleep || true") != "", box.scale(10), "the call runs")
+        for pid in processes_of(box):
+            os.kill(pid, signal.SIGKILL)
+        answer, state = told.result()
+    assert (answer.status_code, answer.json()["code"], state) == (502, "guest_died", "ERROR"), answer.text
 
 
 @pytest.mark.every_engine

@@ -43,10 +43,12 @@ def test_large_results_arrive_whole(box: Box, language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_results_beyond_a_mebibyte_are_an_error_that_says_so(box: Box, language: str) -> None:
-    done = run(box, language, "result.set('x'.repeat(2_000_000))")
+def test_results_beyond_the_limit_of_output_are_an_error_that_says_so(box: Box, language: str) -> None:
+    done = run(box, language, "result.set('x'.repeat((2 << 20) - 2))")
+    assert len(done["result"]) == (2 << 20) - 2
+    done = run(box, language, "result.set('x'.repeat(2 << 20))")
     assert done["exitCode"] != 0 and "result" not in done
-    assert "1048576" in str(done["error"]), str(done)[:500]
+    assert "2097152" in str(done["error"]), str(done)[:500]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

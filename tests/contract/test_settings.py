@@ -72,7 +72,16 @@ def test_those_that_are_there_are_not_called_missing(server: Server, tmp_path: P
     assert "ADMIN_PASSWORD" in refused.stderr and "API_KEY" not in refused.stderr
 
 
-@pytest.mark.parametrize(("name", "value"), [("MAX_VMS", "many"), ("PORT", "70000"), ("DNS_SERVER_IP", "nonsense")])
+def test_what_the_documentation_tells_is_no_secret(server: Server, tmp_path: Path) -> None:
+    known = {"API_KEY": "dev-key", "ADMIN_EMAIL": "a@b.example", "ADMIN_PASSWORD": "admin"}
+    refused = rds(server, tmp_path, "serve", HOST="0.0.0.0", **known)
+    assert refused.returncode != 0
+    assert "API_KEY, ADMIN_PASSWORD" in refused.stderr and "ADMIN_EMAIL" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MAX_VMS", "many"), ("PORT", "70000"), ("DNS_SERVER_IP", "nonsense"), ("ENGINE", "bogus")]
+)
 def test_wrong_values_are_refused_by_name(server: Server, tmp_path: Path, name: str, value: str) -> None:
     changed = {"STORAGE_ROOT": str(tmp_path / "root"), "RUNTIME_DIR": str(tmp_path / "run"), name: value}
     refused = rds(server, tmp_path, "serve", **changed)

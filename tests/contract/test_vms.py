@@ -182,6 +182,7 @@ def test_logs(server: Server, box: Box) -> None:
         log = server.http.get(f"{box.path}/logs", params={"type": kind, "tail": 3}).raise_for_status().json()
         assert set(log) == {"type", "lines", "truncated", "updatedAt"}
         assert log["type"] == kind and len(log["lines"]) <= 3
+        assert log["updatedAt"] >= server.http.get(box.path).json()["createdAt"], "also while it is empty"
     assert server.http.get(f"{box.path}/logs", params={"type": "secret"}).status_code == 400
 
 

@@ -183,21 +183,40 @@ def test_programs_that_node_cannot_load(scripts: Scripts, code: str, name: str, 
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [
+        ("'text'", {"name": "Error", "message": "text"}),
+        ("{ a: 1 }", {"a": 1}),
+        ("7", {"name": "Error", "message": "7"}),
+    ],
+)
+def test_a_rejection_without_an_error(scripts: Scripts, language: str, reason: str, error: dict[str, Any]) -> None:
+    got = scripts.run(language, f"Promise.reject({reason})")
+    assert (got.exit_code, got.error) == (1, error)
+
+
+def test_node_s_own_listeners_decide_about_rejections(scripts: Scripts) -> None:
+    got = scripts.run("js", "process.on('unhandledRejection', (r) => console.log(r)); Promise.reject('caught')")
+    assert (got.exit_code, got.stdout, got.error) == (0, "caught\n", ABSENT)
+
+
+@BOTH
 def test_size_limits(scripts: Scripts, language: str) -> None:
-    most = (1 << 20) - 2  # the quotes
+    most = (2 << 20) - 2  # the quotes
     got = scripts.run(language, f"result.set('x'.repeat({most})); console.log('ok')")
     assert (got.stdout, len(got.result)) == ("ok\n", most)
     got = scripts.run(language, f"result.set('kept'); result.set('x'.repeat({most} + 1))")
     assert (got.exit_code, got.result, got.error["name"]) == (1, "kept", "RangeError")
-    assert "limit is 1048576" in got.error["message"]
-    got = scripts.run(language, "try { result.set('日'.repeat(1 << 19)) } catch (e) { console.log(e.message) }")
-    assert got.stdout.startswith("The result is 1572866 bytes of JSON") and got.result is ABSENT
+    assert "limit is 2097152" in got.error["message"]
+    got = scripts.run(language, "try { result.set('日'.repeat(1 << 20)) } catch (e) { console.log(e.message) }")
+    assert got.stdout.startswith("The result is 3145730 bytes of JSON") and got.result is ABSENT
     got = scripts.run(language, "result.set('x'.repeat(2000))", max_output=1024)
     assert got.error["name"] == "RangeError"
     got = scripts.run(language, "result.error(new Error('m'.repeat(1e6)))")
     assert (got.error["name"], len(got.error["message"])) == ("Error", 65537)
-    got = scripts.run(language, "result.error({big: 'm'.repeat(2e6)})")
-    assert got.error == {"name": "RangeError", "message": "The error is larger than 1048576 bytes"}
+    got = scripts.run(language, "result.error({big: 'm'.repeat(3e6)})")
+    assert got.error == {"name": "RangeError", "message": "The error is larger than 2097152 bytes"}
 
 
 @BOTH

@@ -58,12 +58,29 @@ async def test_the_secret_is_shown_once(server: Server) -> None:
         {"name": "x", "expiresAt": "2999-01-01T00:00:00"},
         {"name": "x", "expiresAt": "2001-01-01T00:00:00Z"},
         {"name": "x", "expiresAt": 5},
+        {"name": "x", "expiresAt": "29990101T000000Z"},  # ISO 8601, but not RFC 3339
+        {"name": "x", "expiresAt": "2999-W01-1T00:00:00Z"},
+        {"name": "x", "expiresAt": "9999-12-31T23:59:59-23:59"},  # the year 10000 in UTC
         {"name": "x", "scope": "all"},
     ],
 )
 async def test_wrong_keys(server: Server, body: dict[str, Any]) -> None:
     await server.log_in()
     assert (await server.client.post("/v1/admin/api-keys", json=body)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("2999-01-01t00:00:00z", "2999-01-01T00:00:00.000Z"),
+        ("2999-01-01T00:00:00.123456789Z", "2999-01-01T00:00:00.123Z"),
+        ("9999-12-31T23:59:59Z", "9999-12-31T23:59:59.000Z"),
+    ],
+)
+async def test_times_of_rfc_3339(server: Server, given: str, shown: str) -> None:
+    await server.log_in()
+    answer = await server.client.post("/v1/admin/api-keys", json={"name": "x", "expiresAt": given})
+    assert (answer.status_code, answer.json().get("expiresAt")) == (201, shown)
 
 
 async def test_revoking(server: Server) -> None:

@@ -49,6 +49,16 @@ def test_names_of_the_workspace(path: str, inside: str) -> None:
     assert parse.guest_path(path, "cwd") == inside
 
 
+@pytest.mark.parametrize(
+    "path", ["/workspace/" + "x" * 256, "/home/user/" + "é" * 128, "a/" * 2045 + "a", "/workspace/" + "é/" * 1400]
+)
+def test_names_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        parse.guest_path(path, "dest")
+    assert refused.value.code == "path_too_long"
+    assert parse.guest_path("x" * 255, "dest") == "/workspace/" + "x" * 255
+
+
 @given(st.ip_addresses(v=4), st.integers(0, 32))
 def test_every_network_is_accepted_and_normalised(address: object, bits: int) -> None:
     body = CreateVmBody(cpu=1, memMb=128, allowIps=[str(address), f"{address}/{bits}"])

@@ -15,7 +15,7 @@ SOURCES = oci.Sources("/image", "/workspace", "/opt-rds", "/vm/channel", "/vm/et
 
 
 def configuration(mem_mb: int = 256) -> dict[str, Any]:
-    return oci.configuration(vm_id="vm-0011223344556677", mem_mb=mem_mb, cgroup="/rds/vm", sources=SOURCES)
+    return oci.configuration(vm_id="vm-0011223344556677", cpu=1, mem_mb=mem_mb, cgroup="/rds/vm", sources=SOURCES)
 
 
 def mounts(mem_mb: int = 256) -> dict[str, dict[str, Any]]:
@@ -38,6 +38,11 @@ def test_the_agent_gains_no_privilege_and_hands_none_on() -> None:
 
 def test_python_reads_no_environment_and_no_site_directory() -> None:
     assert {"-I", "-S"} <= set(configuration()["process"]["args"])
+
+
+def test_the_agent_is_told_the_number_of_cpus() -> None:
+    args = configuration()["process"]["args"]
+    assert args[args.index("--cpus") + 1] == "1"
 
 
 def test_only_three_kinds_of_places_are_writable() -> None:

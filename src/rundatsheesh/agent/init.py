@@ -145,6 +145,8 @@ def _prepare(options: Options) -> None:
     limits.processes = options.max_processes
     limits.files = options.max_files
     limits.raise_own()
+    if options.cpus:
+        limits.use_cpus(options.cpus)
     if options.engine == "qemu":
         limits.set_oom_score(limits.OWN_OOM_SCORE)
         limits.bound_files_in_memory()

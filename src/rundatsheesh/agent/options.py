@@ -14,8 +14,8 @@ DEFAULT_SOCKET = "/run/agent/agent.sock"
 
 class Options:
     """--engine NAME; --socket PATH to listen on, or --port NAME of a virtio-serial port (or a device's path);
-    --max-processes N and --max-files N, limits of the user; --ahead no to start nothing ahead of its call. Parsed by
-    hand: argparse costs more than all the rest."""
+    --max-processes N and --max-files N, limits of the user; --cpus N, how many of those that the kernel shows to use;
+    --ahead no to start nothing ahead of its call. Parsed by hand: argparse costs more than all the rest."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.engine = "gvisor"
@@ -24,6 +24,7 @@ class Options:
         self.max_processes = 512
         self.max_files = 4096
         self.ahead = True
+        self.cpus: int | None = None
         pairs = iter(arguments)
         for name in pairs:
             value = next(pairs, None)
@@ -44,6 +45,8 @@ class Options:
             self.max_files = int(value)
         elif name == "--ahead" and value in ("yes", "no"):
             self.ahead = value == "yes"
+        elif name == "--cpus" and value.isdecimal():
+            self.cpus = int(value)
         else:
             _refuse(f"cannot understand {name} {value}")
 

@@ -19,7 +19,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-MAX_RESULT = 1 << 20  # bytes of JSON
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What the interpreters print for a program that they cannot load, without an event that the preload could see.
 _LOAD_FAILURES = {
@@ -48,7 +47,7 @@ _DENO_ENV_FOR_CODE = {"DENO_EMIT_CACHE_MODE": "disable"}
 def prepare(params: dict[str, Any]) -> Command:
     """The command for a script: `code` or `path`, `args`, `env`, `flags`, `allow_net`, `max_output`."""
     _check_variables(params["env"])
-    limit = min(MAX_RESULT, params["max_output"])
+    limit = params["max_output"]  # bytes of JSON, as of a stream
     code = params["code"]
     source = "-" if code is not None else _script(params["path"])
     build = _deno if params["language"] == "ts" else _node

@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message
 
 from rundatsheesh.manager.api import Readiness, Services, create_api
+from rundatsheesh.manager.api.protocol import HttpProtocol
 from rundatsheesh.manager.build.agent import ensure_agent, find_agent
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.disk.worker import Workers
@@ -137,6 +138,7 @@ async def _http_server(services: Services) -> uvicorn.Server:
     await _rehearse(api)
     config = uvicorn.Config(
         api,
+        http=HttpProtocol,
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -257,7 +257,7 @@ class LogView:
     type: str
     lines: tuple[str, ...]
     truncated: bool
-    updated_at: datetime | None  # None while nothing was written
+    updated_at: datetime  # of an empty log: when it was made
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 DEVELOPMENT_API_KEY = "dev-key"
 DEVELOPMENT_EMAIL = "admin@localhost"
 DEVELOPMENT_PASSWORD = "admin"
+_KNOWN = {"api_key": DEVELOPMENT_API_KEY, "admin_password": DEVELOPMENT_PASSWORD}
 
 
 class Settings(BaseSettings):
@@ -35,7 +36,9 @@ class Settings(BaseSettings):
     image_cache: Path = Field(Path("/var/cache/rundatsheesh"), description="Guest images and runsc; shared by servers.")
     runtime_dir: Path = Field(Path("/run/rundatsheesh"), description="Sockets and locks; keep it short.")
     database_url: str = Field("", description="SQLAlchemy URL; a SQLite file in STORAGE_ROOT unless set.")
-    engine: str = Field("auto", description="Engine of VMs that name none: auto, gvisor or qemu.")
+    engine: str = Field(
+        "auto", pattern="^(auto|gvisor|qemu)$", description="Engine of VMs that name none: auto, gvisor or qemu."
+    )
     gvisor_platform: str = Field("systrap", pattern="^(systrap|ptrace|kvm)$", description="How gVisor traps calls.")
     max_vms: int = Field(100, ge=1, le=700, description="VMs that may exist at once.")
     max_cpu: int = Field(os.cpu_count() or 1, ge=1, description="vCPUs of one VM at most; the host's number of CPUs.")
@@ -61,9 +64,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _secrets(self) -> Settings:
+        if self.is_loopback:
+            return self
         missing = [name.upper() for name in ("api_key", "admin_email", "admin_password") if not _text(self, name)]
-        if missing and not self.is_loopback:
+        if missing:
             raise ValueError(f"HOST={self.host} is not a loopback address, so {', '.join(missing)} must be set")
+        known = [name.upper() for name, value in _KNOWN.items() if _text(self, name) == value]
+        if known:  # everybody can read them in the documentation
+            raise ValueError(f"HOST={self.host} is not a loopback address, so {', '.join(known)} must be a real secret")
         return self
 
     @model_validator(mode="after")

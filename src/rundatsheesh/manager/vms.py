@@ -69,7 +69,12 @@ class Vms:
 
     async def get(self, vm_id: str) -> VmRecord:
         """Raises NotFound (`vm_not_found`)."""
-        return await self._store.get(vm_id)
+        record = await self._store.get(vm_id)
+        vm = self.running_vms.get(vm_id)
+        if record.state is not State.RUNNING or vm is None or not vm.has_ended:
+            return record
+        async with self.locks.hold(vm_id):  # its end is known already, perhaps to the caller, and about to be recorded
+            return await self._store.get(vm_id)
 
     async def list(self, *, state: State | None, labels: Mapping[str, str]) -> list[VmRecord]:
         """Oldest first."""
@@ -290,9 +295,11 @@ class Vms:
             if vm.record.state is State.WARM:
                 await self.release(vm.record, reason)
                 return
-            del self.running_vms[vm.record.id]
             # First what is shown: should something not go away, the audit finds it.
-            await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
+            try:
+                await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
+            finally:
+                del self.running_vms[vm.record.id]  # until then `get` sees from it that the record is about to change
             await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=vm.record.id, reason=reason)
             await self._host.take_down(vm.record)
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol, cast
 from isal import isal_zlib
 
 from rundatsheesh.manager.disk.archive import UploadLimits, check_upload
-from rundatsheesh.manager.errors import RdsError
+from rundatsheesh.manager.errors import InvalidInput, NotFound, RdsError
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
 from rundatsheesh.manager.host import heap
 from rundatsheesh.manager.model import (
@@ -121,7 +121,10 @@ class VmCalls:
             env=call.env,
         )
         async with self._logged(vm, "exec", call.cmd, caller) as (outcome, guest):
-            return _note(outcome, await guest.exec(request))
+            try:
+                return _note(outcome, await guest.exec(request))
+            except NotFound as missing:  # the VM is there: what is not is a directory that the body names
+                raise InvalidInput(f"cwd: {missing.message}", code=missing.code) from None
 
     async def run_script(self, vm_id: str, call: ScriptCall, caller: Caller) -> CallResult:
         """Run TypeScript or JavaScript; raises as `exec`."""
@@ -173,9 +176,10 @@ class VmCalls:
 
     async def logs(self, vm_id: str, type_: str, tail: int) -> LogView:
         """The last `tail` lines of the engine's log or of the console."""
-        files = self._host.files(await self._vms.get(vm_id))
+        record = await self._vms.get(vm_id)
+        files = self._host.files(record)
         path = files.engine_log if type_ == "engine" else files.console_log
-        return await asyncio.to_thread(_read_log, type_, path, tail)
+        return await asyncio.to_thread(_read_log, type_, path, tail, record.created_at)
 
     async def exec_logs(self, vm_id: str, limit: int, type_: str | None) -> ExecLogPage:
         """Newest first."""
@@ -255,7 +259,8 @@ def _compress(compressor: Compressor, pieces: list[bytes]) -> bytes:
     return b"".join([compressor.compress(piece) for piece in pieces])
 
 
-def _read_log(type_: str, path: Path, tail: int) -> LogView:
+def _read_log(type_: str, path: Path, tail: int, since: datetime) -> LogView:
+    """A log that does not exist is one that is empty `since` then."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -263,7 +268,7 @@ def _read_log(type_: str, path: Path, tail: int) -> LogView:
             data = file.read(LOG_WINDOW)
             updated = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     except FileNotFoundError:
-        return LogView(type_, (), False, None)
+        return LogView(type_, (), False, since)
     lines = data.decode(errors="replace").splitlines()
     kept = lines[-tail:] if tail else []
-    return LogView(type_, tuple(kept), len(kept) < len(lines) or size > LOG_WINDOW, updated if size else None)
+    return LogView(type_, tuple(kept), len(kept) < len(lines) or size > LOG_WINDOW, updated)

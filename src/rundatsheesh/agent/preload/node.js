@@ -3,7 +3,7 @@ import { writeSync } from "node:fs";
 import { createRequire } from "node:module";
 import process from "node:process";
 
-const { listenerCount, on, hasUncaughtExceptionCaptureCallback } = process;
+const { emit, listenerCount, on, hasUncaughtExceptionCaptureCallback } = process;
 
 const put = (bytes, at) => writeSync(CHANNEL, bytes, at, bytes.length - at);
 
@@ -11,9 +11,23 @@ function failed() {
   if (!process.exitCode) process.exitCode = 1;
 }
 
-apply(on, process, ["uncaughtExceptionMonitor", (error) => {
+// The monitor is told of a rejection with anything but an Error by an Error of Node's own, which only quotes it. Node
+// has announced it before as what it is; a listener would count as handling it.
+let rejection;
+defineProperty(process, "emit", {
+  configurable: true,
+  writable: true,
+  value: function (event, reason) {
+    if (event === "unhandledRejection") rejection = { reason };
+    return apply(emit, this, arguments);
+  },
+});
+
+apply(on, process, ["uncaughtExceptionMonitor", (error, origin) => {
+  const thrown = origin === "unhandledRejection" && rejection ? rejection.reason : error;
+  rejection = undefined;
   const handled = apply(listenerCount, process, ["uncaughtException"]) > 0 || hasUncaughtExceptionCaptureCallback();
-  if (!handled) write("u", describe(error));
+  if (!handled) write("u", describe(thrown));
 }]);
 apply(on, process, ["exit", () => write("x", "")]);
 

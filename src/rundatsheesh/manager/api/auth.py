@@ -21,7 +21,7 @@ from rundatsheesh.manager.api.ratelimit import Throttle, TokenBuckets
 from rundatsheesh.manager.api.services import CredentialService
 from rundatsheesh.manager.errors import Forbidden, InvalidInput, LimitReached
 from rundatsheesh.manager.model import ApiKey, Caller, Rights, Scope, Session, now
-from rundatsheesh.manager.settings import Settings
+from rundatsheesh.manager.settings import DEVELOPMENT_API_KEY, Settings
 
 COOKIE = "rds_session"
 MAX_TOKEN_CHARS = 256
@@ -188,7 +188,7 @@ class DevelopmentHost:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._active = not settings.api_key.get_secret_value()
+        self._active = settings.effective_api_key == DEVELOPMENT_API_KEY
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         if self._active and scope["type"] == "http" and not _is_own_name(Headers(scope=scope).get("host", "localhost")):
@@ -248,12 +248,12 @@ def client_address(scope: ASGIScope) -> str:
 def refuse_cross_site(headers: Headers) -> None:
     """A browser says where a request comes from; only pages of this server may change something with its cookie.
 
-    Programs send neither header, and no browser lets a page leave them out.
+    Programs send none of these headers, and no browser lets a page leave out all of them.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
         allowed = site in ("same-origin", "none")
-    elif (origin := headers.get("origin")) is not None:
+    elif (origin := headers.get("origin", headers.get("referer"))) is not None:
         allowed = _netloc(origin) == headers.get("host", "").lower()
     else:
         allowed = True
@@ -273,7 +273,7 @@ def _netloc(origin: str) -> str | None:
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError as error:
-        raise InvalidInput("the Origin header is not a URL") from error
+        raise InvalidInput("the Origin or Referer header is not a URL") from error
 
 
 def _digest(text: str) -> bytes:

@@ -65,4 +65,5 @@ async def who_am_i(request: Request) -> Response:
 
 def _set_cookie(request: Request, response: Response, value: str, life_s: int) -> None:
     secure = request.url.scheme == "https"
-    response.set_cookie(COOKIE, value, max_age=life_s, path="/", httponly=True, samesite="lax", secure=secure)
+    attributes = f"HttpOnly; SameSite=Lax; Path=/; Max-Age={life_s}" + ("; Secure" if secure else "")
+    response.headers.append("Set-Cookie", f"{COOKIE}={value}; {attributes}")

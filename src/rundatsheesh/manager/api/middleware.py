@@ -25,7 +25,7 @@ MAX_LOGGED_PATH = 512
 CLIENT_GONE = 499  # in the log only
 STOPPING_RETRY_S = 2.0  # until the next server answers
 
-_DEFAULT_HEADERS = {
+DEFAULT_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -99,7 +99,7 @@ class _Exchange:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.request_id
-            for name, value in _DEFAULT_HEADERS.items():
+            for name, value in DEFAULT_HEADERS.items():
                 headers.setdefault(name, value)
         elif self._head and message["type"] == "http.response.body":
             message = {**message, "body": b""}
@@ -119,4 +119,8 @@ def _request_id(offered: str | None) -> str:
     """The client's own id where it is harmless in headers and logs."""
     if offered is not None and _SANE_REQUEST_ID.fullmatch(offered):
         return offered
+    return new_request_id()
+
+
+def new_request_id() -> str:
     return "req-" + secrets.token_hex(8)

@@ -8,7 +8,7 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 import idna
 from starlette.datastructures import Headers
@@ -35,10 +35,12 @@ from rundatsheesh.manager.settings import Settings
 
 HOME_ALIAS = "/home/user"
 DEFAULT_TIMEOUT_MS = 120_000
+NAME_BYTES, PATH_BYTES = 255, 4095  # Linux' NAME_MAX, and PATH_MAX without its NUL
 MAX_PROCESS_BYTES = 1 << 20  # arguments and variables of one process together; the kernel's limit is 2 MiB
 
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}(/[0-9]{1,2})?")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d{1,9})?(?P<zone>Z|[+-]\d\d:\d\d)?", re.ASCII)
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
@@ -121,16 +123,25 @@ def script_call(body: RunTsBody | RunJsBody, settings: Settings) -> ScriptCall:
 
 def guest_path(path: str, field: str) -> str:
     """An absolute path in /workspace without `.` and `..`. Relative ones start there, /home/user is another name of
-    it. Symbolic links are the guest's to judge. Raises InvalidInput (`path_outside_workspace`)."""
+    it. Symbolic links are the guest's to judge. Raises InvalidInput (`path_outside_workspace`, `path_too_long`)."""
     whole = posixpath.normpath(posixpath.join(WORKSPACE, path)).replace("//", "/", 1)
     for root in (WORKSPACE, HOME_ALIAS):
         if whole == root or whole.startswith(root + "/"):
-            return WORKSPACE + whole[len(root) :]
+            return _fitting(WORKSPACE + whole[len(root) :], field)
     raise InvalidInput(
         f"{field}: {path[:256]!r} is outside {WORKSPACE}",
         code="path_outside_workspace",
         hint=f"give a path in {WORKSPACE}",
     )
+
+
+def _fitting(path: str, field: str) -> str:
+    """No file can have a longer one."""
+    if len(path.encode()) > PATH_BYTES or any(len(name.encode()) > NAME_BYTES for name in path.split("/")):
+        raise InvalidInput(
+            f"{field}: at most {NAME_BYTES} bytes for a name, {PATH_BYTES} for a path", code="path_too_long"
+        )
+    return path
 
 
 def label_filter(pairs: Iterable[str]) -> dict[str, str]:
@@ -146,12 +157,16 @@ def label_filter(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def future_time(text: str, field: str) -> datetime:
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidInput(f"{field}: not an RFC 3339 time") from None
-    if time.tzinfo is None:
+    found = _RFC_3339.fullmatch(text.upper())
+    if found is not None and found["zone"] is None:
         raise InvalidInput(f"{field}: has no time zone", hint="end it with Z")
+    try:
+        # In UTC from here on: what only another zone's calendar can say overflows here rather than in the store.
+        time = datetime.fromisoformat(found[0]).astimezone(UTC) if found else None
+    except (ValueError, OverflowError):
+        time = None
+    if time is None:
+        raise InvalidInput(f"{field}: not an RFC 3339 time", hint="such as 2099-01-01T00:00:00Z")
     if time <= now():
         raise InvalidInput(f"{field}: is not in the future")
     return time

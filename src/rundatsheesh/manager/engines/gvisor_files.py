@@ -82,7 +82,9 @@ def prepare(record: VmRecord, files: VmFiles, cgroup: str) -> None:
     mounts.mount("rundatsheesh", files.runtime, "tmpfs", Flag.NOSUID | Flag.NODEV | Flag.NOEXEC, TMPFS_OPTIONS)
     for name in ("bundle", "etc", "state", "channel"):
         (files.runtime / name).mkdir(mode=0o700)
-    config = oci.configuration(vm_id=record.id, mem_mb=record.spec.mem_mb, cgroup=cgroup, sources=SOURCES)
+    config = oci.configuration(
+        vm_id=record.id, cpu=record.spec.cpu, mem_mb=record.spec.mem_mb, cgroup=cgroup, sources=SOURCES
+    )
     (files.runtime / "bundle/config.json").write_text(json.dumps(config))
     for name, text in oci.identity_files(record.id, record.slot.guest_ip).items():
         (files.runtime / "etc" / name).write_text(text)

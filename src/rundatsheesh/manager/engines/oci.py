@@ -39,13 +39,13 @@ class Sources:
     netns: str
 
 
-def configuration(*, vm_id: str, mem_mb: int, cgroup: str, sources: Sources) -> dict[str, Any]:
+def configuration(*, vm_id: str, cpu: int, mem_mb: int, cgroup: str, sources: Sources) -> dict[str, Any]:
     """The config.json of a bundle."""
     return {
         "ociVersion": "1.0.0",
         "hostname": vm_id,
         "root": {"path": sources.image, "readonly": True},
-        "process": _agent_process(),
+        "process": _agent_process(cpu),
         "mounts": [*_system_mounts(mem_mb), *_binds(sources)],
         "linux": {
             # The group exists and has its limits already; runsc joins it and shows the limits to the guest as the
@@ -74,10 +74,11 @@ def machine_id(vm_id: str) -> str:
     return hashlib.sha256(f"machine-id of {vm_id}".encode()).hexdigest()[:32]
 
 
-def _agent_process() -> dict[str, Any]:
+def _agent_process(cpu: int) -> dict[str, Any]:
+    """`cpu` is told to the agent too, because runsc shows two CPUs at least, whatever the limit is."""
     return {
         "user": {"uid": 0, "gid": 0},
-        "args": list(AGENT_ARGV),
+        "args": [*AGENT_ARGV, "--cpus", str(cpu)],
         "env": [f"PATH={PATH}", "LANG=C.UTF-8"],
         "cwd": "/",
         "noNewPrivileges": True,

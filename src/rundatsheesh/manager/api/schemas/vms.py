@@ -35,7 +35,7 @@ class CreateVmBody(Body):
     allow_domains: list[Annotated[Text, Field(max_length=255)]] = Field(
         default=[], description="Names, or `*.example.com` for all subdomains.", examples=[["example.com"]]
     )
-    engine: Annotated[str, Field(pattern="^[a-z0-9-]{1,32}$")] | None = Field(
+    engine: Annotated[Line, Field(min_length=1, max_length=32)] | None = Field(
         None, description="gvisor, qemu, or auto (the default).", examples=["auto"]
     )
     image_id: Id | None = Field(None, description="The default image unless given.")
@@ -120,7 +120,7 @@ class LogsView(View):
     type: str
     lines: list[str]
     truncated: bool = Field(description="Older lines exist.")
-    updated_at: Timestamp | None = Field(description="null while nothing was written.")
+    updated_at: Timestamp = Field(description="When something was written last; of an empty log, when it was made.")
 
 
 class ExecLogEntryView(View):
