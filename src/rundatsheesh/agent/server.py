@@ -16,6 +16,7 @@ from .init import POWER_OFF
 from .job import CallFailed, Command
 from .loop import IN, Loop
 from .memory import KernelsGuard, MemoryGuard
+from .room import Room
 from .run import Run
 from .spawner import Spawner
 from .transfer import Transfers
@@ -46,6 +47,7 @@ class Server:
         has_ahead = options.ahead and options.engine == "gvisor"
         memory = self._guard.total if has_ahead else 0
         self._ahead = Ahead(self._spawner, self.loop, self._workers, memory=memory)
+        self._room = Room() if options.engine == "qemu" else None  # gVisor's kernel has no OOM killer, see memory.py
         self._watchers: list[Watcher] = []
         # Each runs in a thread of its own and returns the reply. Those of `_at_once` answer in the main thread.
         self._handlers: dict[str, Callable[[Call, dict[str, Any]], dict[str, Any]]] = {
@@ -118,7 +120,11 @@ class Server:
     def _script(self, call: Call, params: dict[str, Any]) -> dict[str, Any]:
         from . import scripts  # costs the start nothing this way
 
-        return self._execute(call, scripts.prepare(params), params)
+        command = scripts.prepare(params)
+        if self._room is None:
+            return self._execute(call, command, params)
+        with self._room.place(call, params["timeout_ms"]) as waited:
+            return self._execute(call, command, params | {"timeout_ms": params["timeout_ms"] - waited})
 
     def _execute(self, call: Call, command: Command, params: dict[str, Any]) -> dict[str, Any]:
         limits = (params["timeout_ms"], params["max_output"])
