@@ -4,7 +4,6 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Protocol
 
     class Channel(Protocol):
@@ -45,11 +44,10 @@ class Command:
     """A program to execute as the user.
 
     `cwd` is as the caller gave it and is checked before use. `given` are those of the variables that are the caller's.
-    `cleanup` runs in the server when the program has ended. `ahead` names the kind of program that does as well when it
-    was started ahead of the call; see ahead.py.
+    `ahead` names the kind of program that does as well when it was started ahead of the call; see ahead.py.
     """
 
-    __slots__ = ("ahead", "argv", "channel", "cleanup", "cwd", "env", "given", "stdin")
+    __slots__ = ("ahead", "argv", "channel", "cwd", "env", "given", "stdin")
 
     def __init__(
         self,
@@ -60,7 +58,6 @@ class Command:
         cwd: str,
         stdin: bytes = b"",
         channel: Channel | None = None,
-        cleanup: Callable[[], None] | None = None,
         ahead: str | None = None,
     ) -> None:
         self.argv = argv
@@ -69,5 +66,4 @@ class Command:
         self.cwd = cwd
         self.stdin = stdin
         self.channel = channel
-        self.cleanup = cleanup
         self.ahead = ahead

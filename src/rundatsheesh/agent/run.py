@@ -253,8 +253,6 @@ class Run:
 
     def _let_go(self, tree: Tree | None) -> None:
         """The call is over; what the program left behind lives on, unless it was to be killed."""
-        if self._command.cleanup is not None:
-            self._command.cleanup()
         if self._waiting is not None:
             self._waiting.let_go()
         channel = [fd for fd, stream in self._streams.items() if stream == wire.RESULT]
