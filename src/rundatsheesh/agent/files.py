@@ -15,7 +15,7 @@ import struct
 
 from .incoming import BLOCK, PipeReader, SlotReader
 from .job import CallFailed
-from .paths import WORKSPACE, canonical
+from .paths import CHANGED, WORKSPACE, canonical
 from .tar import download
 
 TYPE_CHECKING = False
@@ -31,7 +31,6 @@ PATH_MAX = 4096  # of the kernel, with the NUL at its end
 _A_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECT_FROM = 1 << 20  # bytes from which a file is worth a path of its own to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_CHANGED = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST)
 
 
 class Entry:
@@ -65,7 +64,7 @@ def receive(params: dict[str, Any], reader: Reader) -> None:
     except OSError as error:
         if error.errno in _FULL:
             raise CallFailed("workspace_full", "the workspace became full during the upload") from None
-        if error.errno in _CHANGED:
+        if error.errno in CHANGED:
             raise CallFailed("path_conflict", f"{_show(_name_of(error))} was changed during the upload") from None
         raise
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from .job import CallFailed
 
 WORKSPACE = "/workspace"
 ALIAS = "/home/user"  # the same directory under its other name
+# What the kernel says of a path that was changed between two looks at it.
+CHANGED = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST)
 
 
 def canonical(path: str) -> str:

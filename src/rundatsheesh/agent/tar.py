@@ -11,7 +11,7 @@ import os
 import stat
 
 from .job import CallFailed
-from .paths import canonical, inside_workspace
+from .paths import CHANGED, canonical, inside_workspace
 from .slots import SECTOR, Ring
 
 TYPE_CHECKING = False
@@ -54,6 +54,10 @@ def send(params: dict[str, Any], writer: Writer) -> None:
             raise CallFailed("invalid_input", f"{path!a} is neither a file nor a directory")
     except PermissionError:
         raise _unreadable(os.fsencode(path)) from None
+    except OSError as error:
+        if error.errno in CHANGED:
+            raise CallFailed("path_conflict", f"{path!a} was changed during the download") from None
+        raise
     writer.finish()
 
 
