@@ -49,7 +49,12 @@ class Settings(BaseSettings):
     max_exec_timeout_ms: int = Field(3_600_000, ge=1, description="Longest timeoutMs of a call.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest upload, compressed bytes.")
     max_output_bytes: int = Field(2 << 20, ge=1024, description="Output kept per stream of a call, bytes.")
-    max_concurrent_boots: int = Field(4, ge=1, description="VMs that boot at the same time; others queue in order.")
+    max_concurrent_boots: int = Field(
+        max(2, os.cpu_count() or 1),
+        ge=1,
+        description="VMs that boot at the same time; others queue in order. The host's number of CPUs, but 2 at least: "
+        "more are not faster together, and slow the calls into others.",
+    )
     dns_server_ip: str = Field("", description="Upstream resolver of the guests; the host's own unless set.")
     enable_warm_pool: bool = Field(True, description="Keep VMs started ahead of demand.")
     warm_pool_target: int = Field(2, ge=0, description="Warm VMs to keep ready.")

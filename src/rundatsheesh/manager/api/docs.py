@@ -28,7 +28,7 @@ from rundatsheesh.manager.settings import Settings
 router = APIRouter(include_in_schema=False)
 
 # In the order of the navigation.
-PAGES = ("index", "quickstart", "api", "settings", "operation", "security", "threat-model", "engines")
+PAGES = ("index", "quickstart", "api", "settings", "operation", "security", "threat-model", "engines", "performance")
 SWAGGER_PACKAGE = "fastapi_swagger.resources"  # carries the unchanged files of swagger-ui-dist
 BODIES = (CreateVmBody, UpdateVmBody, ExecBody, RunTsBody, RunJsBody, LoginBody, CreateApiKeyBody)
 
