@@ -70,7 +70,9 @@ class RequestContext:
             await problem(_stopping(), exchange.request_id)(exchange.scope, receive, exchange.send)
         except RdsError as error:
             if isinstance(error, HostError) or exchange.status is not None:
-                log.error("request %s failed: %s", exchange.request_id, error, exc_info=error)
+                # What the machine itself said of it, which is for the host's eyes only.
+                evidence = str(error.details.get("log", "")).strip()
+                log.error("request %s failed: %s\n%s", exchange.request_id, error, evidence, exc_info=error)
             await self._send_problem(exchange, receive, problem(error, exchange.request_id), error)
         except Exception as error:
             log.error("request %s failed", exchange.request_id, exc_info=error)
