@@ -157,10 +157,12 @@ async def test_a_guest_whose_agent_never_listens_is_given_up(tmp_path: Path, gue
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(lab: Lab) -> None:
-    for delay in (0.01, 0.1, 0.3):
+    for delay in (0.01, 0.1, 0.2, 0.3):
         starting = asyncio.create_task(lab.start())
         await asyncio.wait([starting], timeout=delay)
-        starting.cancel()
+        if not starting.cancel():
+            assert delay > 0.1, "no start is over so soon"
+            return
         with pytest.raises(asyncio.CancelledError):
             await starting
         assert lab.leftovers() == []
