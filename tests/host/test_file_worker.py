@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,25 @@ from rundatsheesh.manager.guest import Guest, GuestGone
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 
 TIMEOUT = 30.0
+
+# A worker that has ended before the helper asks for its pidfd; afterwards no child is left to wait for.
+QUICK_END = """
+import os, sys
+from agent import outside
+ask = os.pidfd_open
+def ask_late(pid):
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return ask(pid)
+os.pidfd_open = ask_late
+outside._work = lambda fds: os._exit(0)
+outside._leave_reaping_to_the_kernel()
+for _ in range(3):
+    os.close(outside._fork_worker([]))
+try:
+    os.wait()
+except ChildProcessError:
+    print("none left")
+"""
 
 
 @pytest.fixture
@@ -98,6 +119,12 @@ async def test_a_step_of_the_confinement_that_fails_ends_the_worker(workers: Wor
     await has_ended(worker)
     await worker.end()
     await (await workers.open(place)).end()
+
+
+def test_a_worker_that_ends_at_once_is_known_and_reaped() -> None:
+    argv = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(app.AGENT.parent)!r})\n{QUICK_END}"]
+    shown = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (shown.stdout, shown.stderr) == ("none left\n", "")
 
 
 async def test_there_are_so_many_at_once(workers: Workers, place: WorkPlace) -> None:

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> NoReturn:
     """The helper's whole life."""
     control = socket.socket(fileno=0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; the manager has a pidfd of each
+    _leave_reaping_to_the_kernel()
     limits.set_oom_score(OOM_SCORE)
     enter_empty_root()
     wire.decode(wire.encode({"rehearsed": True}))
@@ -105,15 +105,34 @@ def enter_empty_root() -> None:
 
 def _start_worker(control: socket.socket, fds: list[int]) -> None:
     try:
-        pid = os.fork()
-        if pid == 0:
-            _work(fds)
-        pidfd = os.pidfd_open(pid)
+        pidfd = _fork_worker(fds)
     except OSError as error:
         control.send(FAILED + str(error).encode())
         return
     descriptors.send(control, STARTED, [pidfd])
     os.close(pidfd)
+
+
+def _fork_worker(fds: list[int]) -> int:
+    """A worker that ends before there is a pidfd of it must not be reaped before, or its number names nobody."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _work(fds)
+        return os.pidfd_open(pid)
+    finally:
+        _leave_reaping_to_the_kernel()
+
+
+def _leave_reaping_to_the_kernel() -> None:
+    """Nobody here waits for a worker: the manager has a pidfd of each."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:  # who ended before it was left to the kernel
+            pass
+    except ChildProcessError:
+        pass
 
 
 def _work(fds: list[int]) -> NoReturn:
