@@ -34,6 +34,8 @@ from rundatsheesh.bench import report, svg
 from rundatsheesh.bench.burst import measure_burst
 from rundatsheesh.bench.connection import Box, Connection
 from rundatsheesh.bench.results import Results
+from rundatsheesh.manager.app import AGENT
+from rundatsheesh.manager.build.agent import find_agent
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.guest import Guest
 from rundatsheesh.manager.host.tools import find_runsc
@@ -189,10 +191,11 @@ def _servers(storage: Path, runtime: Path, arguments: argparse.Namespace) -> Ite
 
 def _runsc(settings: Settings, directory: Path) -> Runsc:
     image, program = find_image(settings.image_cache), find_runsc(settings.image_cache)
-    if image is None or program is None:
+    agent = image and find_agent(settings.image_cache, image, AGENT)
+    if image is None or program is None or agent is None:
         raise SystemExit("no guest image or runsc on this host: run `rds setup`")
     directory.mkdir()
-    return Runsc(program.resolve(), image.root, directory, settings.gvisor_platform)
+    return Runsc(program.resolve(), image.root, agent, directory, settings.gvisor_platform)
 
 
 def _write(directory: Path, results: Results, facts: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rundatsheesh.agent
 from rundatsheesh.bench.connection import milliseconds
 from rundatsheesh.bench.over_http import HELLO_TS
 from rundatsheesh.bench.schedule import Contender
@@ -39,6 +38,7 @@ class Runsc:
 
     program: Path
     image: Path
+    agent: Path  # packed for the image, as the manager's own
     directory: Path
     platform: str
 
@@ -53,6 +53,7 @@ class Runsc:
         own = self.directory / name
         for part in ("bundle", "etc", "channel", "workspace"):
             (own / part).mkdir(parents=True)
+        shutil.copytree(self.agent, own / "rds/agent")
         os.chown(own / "workspace", GUEST_UID, GUEST_UID)
         for file, text in oci.identity_files(name, Slot(300).guest_ip).items():
             (own / "etc" / file).write_text(text)
@@ -63,7 +64,7 @@ class Runsc:
         sources = oci.Sources(
             image=str(self.image),
             workspace=str(own / "workspace"),
-            agent_parent=str(Path(rundatsheesh.agent.__file__).parent.parent),
+            agent_parent=str(own / "rds"),
             channel=str(own / "channel"),
             etc=str(own / "etc"),
             netns="",

@@ -63,7 +63,6 @@ def test_the_initrd_is_the_images_and_the_agents(tmp_path: Path) -> None:
     (package / "preload").mkdir(parents=True)
     (package / "__pycache__").mkdir()
     (package / "__pycache__/x.cpython-311.pyc").write_bytes(b"\xa7\r\r\n" + bytes(12) + b"of this host")
-    (package / "__pycache__/x.cpython-313.pyc").write_bytes(b"\xf3\r\r\n\x01" + bytes(11) + b"of the guest")
     (package / "__main__.py").write_text("print()")
     (package / "preload/a.mjs").write_text("a")
     boot_files = BootFiles(tmp_path)
@@ -76,7 +75,7 @@ def test_the_initrd_is_the_images_and_the_agents(tmp_path: Path) -> None:
     assert found["init"][0] == stat.S_IFREG | 0o755
     assert found["agent/__main__.py"][1] == b"print()"
     assert found["agent/preload/a.mjs"][1] == b"a"
-    assert [name for name in found if name.endswith(".pyc")] == ["agent/__pycache__/x.cpython-313.pyc"]
+    assert not [name for name in found if "__pycache__" in name]
     assert Agent(package).digest == agent.digest
     (package / "preload/a.mjs").write_text("b")
     assert Agent(package).digest != agent.digest

@@ -155,20 +155,9 @@ def _prepare(options: Options) -> None:
         # template has loaded all its clones share.
         from . import files  # noqa: F401
     os.umask(0o077)
-    _close_inherited()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     while null < 3:  # 0, 1, 2 were closed
         null = os.dup(null)
     if null != 3:
         os.dup2(null, 3, inheritable=False)  # the numbers that programs use stay taken, see supervisor.py
         os.close(null)
-
-
-def _close_inherited() -> None:
-    """Whatever we were started with besides the standard streams is nobody's business in here."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue  # the descriptor that listed the directory

@@ -45,7 +45,7 @@ def all_steps(settings: Settings, environment: Mapping[str, str]) -> tuple[Step,
     async def build(report: Report) -> str:
         image = await ensure_image(settings.image_cache, environment, report)
         await ensure_boot_files(image, environment, report)
-        report("compiling the agent with the guest's Python")
+        report("packing the agent with the guest's Python")
         await ensure_agent(settings.image_cache, image, AGENT)
         return f"{image.id}, {image.manifest.size_bytes >> 20} MiB"
 

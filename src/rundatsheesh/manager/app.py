@@ -99,7 +99,7 @@ async def running(settings: Settings) -> AsyncIterator[Services]:
         network = Network(node.block, dns_server=settings.dns_server_ip)
         await network.open()
         stack.push_async_callback(network.close)
-        await _compile_agent(settings)
+        await _pack_agent(settings)
         workers = Workers(AGENT)
         stack.push_async_callback(workers.close)
         host = VmHost(node, layout, network, engines(settings), workers)
@@ -195,7 +195,7 @@ def _listening(settings: Settings) -> socket.socket:
     return listener
 
 
-async def _compile_agent(settings: Settings) -> None:
+async def _pack_agent(settings: Settings) -> None:
     """A set-up has done it, unless it was one of an earlier version with the same image."""
     image = find_image(settings.image_cache)
     if image is None or os.geteuid() != 0:
@@ -203,7 +203,7 @@ async def _compile_agent(settings: Settings) -> None:
     try:
         await ensure_agent(settings.image_cache, image, AGENT)
     except (HostError, OSError) as error:
-        log.warning("guests start slower, for each compiles its agent: %s", error)
+        log.warning("guests start slower, for each finds and compiles the modules of its agent: %s", error)
 
 
 def _images(settings: Settings) -> Images:

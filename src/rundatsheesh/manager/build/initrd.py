@@ -57,7 +57,7 @@ exec $b switch_root /root {command}
 """
 
 # -I and -S: nothing but the standard library and the agent itself is imported, whatever the environment says.
-AGENT_COMMAND = "/usr/bin/python3 -I -S /opt/rds/agent --engine qemu --port /dev/vport0p1"
+AGENT_COMMAND = "/usr/bin/python3 -I -S /opt/rds/agent/__main__.py --engine qemu --port /dev/vport0p1"
 
 
 def base_initrd(busybox: bytes, modules: Mapping[str, bytes]) -> bytes:

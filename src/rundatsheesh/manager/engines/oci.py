@@ -12,7 +12,7 @@ from typing import Any
 
 from rundatsheesh.manager.model import GATEWAY, WORKSPACE
 
-AGENT_ARGV = ("/usr/bin/python3", "-I", "-S", "/opt/rds/agent", "--engine", "gvisor")
+AGENT_ARGV = ("/usr/bin/python3", "-I", "-S", "/opt/rds/agent/__main__.py", "--engine", "gvisor")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # What the agent, uid 0 in the guest, needs: to become the user (SETUID, SETGID, SETPCAP), to end the user's processes

@@ -15,7 +15,7 @@ from rundatsheesh.manager.errors import EngineError
 from rundatsheesh.manager.host import cpio, memfile
 from rundatsheesh.manager.host.bootfiles import BootFiles
 
-UNCHECKED = (1).to_bytes(4, "little")
+CACHE = "__pycache__"
 _READ = 1 << 16
 _REHEARSAL = {"call": "exec", "cmd": "true", "env": {}, "cwd": "/workspace", "timeout_ms": 60_000, "max_output": 1024}
 _CPUINFO_BYTES = 4096  # holds the first processor
@@ -82,13 +82,7 @@ def _entries(directory: Path) -> Iterator[cpio.Entry]:
     """Everything in the package but what Python leaves behind, below `agent`, in a fixed order."""
     yield cpio.directory("agent", 0o700)  # nothing in it is for the user
     for parent, names, files in os.walk(directory):
-        names.sort()
+        names[:] = sorted(name for name in names if name != CACHE)
         place = Path("agent", Path(parent).relative_to(directory))
         yield from (cpio.directory(str(place / name)) for name in names)
-        contents = [(name, Path(parent, name).read_bytes()) for name in sorted(files)]
-        yield from (cpio.file(str(place / name), data) for name, data in contents if _is_wanted(name, data))
-
-
-def _is_wanted(name: str, data: bytes) -> bool:
-    """Of byte code only what was made for guests: that kind is not checked against its source (PEP 552, flags 1)."""
-    return not name.endswith(".pyc") or data[4:8] == UNCHECKED
+        yield from (cpio.file(str(place / name), Path(parent, name).read_bytes()) for name in sorted(files))
