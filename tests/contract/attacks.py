@@ -63,12 +63,31 @@ ESCAPES: dict[str, str] = {
     "/6000 -type f "
     "2>/dev/null | grep -v ^/workspace/); do echo $p; done; rm -f s; su -c id </dev/null 2>/dev/null; sudo -n "
     "id 2>/dev/null; true",
-    "capabilities by a namespace": "unshare -Urm sh -c 'mount -t tmpfs none /mnt && echo mounted' 2>/dev/null; "
+    "capabilities by a namespace": "for kind in U UC Un Um Ui Uu Up m n; do "
+    "unshare -r$kind grep CapEff /proc/self/status 2>/dev/null; done; "
+    "unshare -Urm sh -c 'mount -t tmpfs none /tmp && echo mounted' 2>/dev/null; "
+    "unshare -Ur ip addr add 172.16.99.99/32 dev eth0 2>/dev/null && echo address; "
     "unshare -Urn sh -c 'ip link add d type dummy && echo linked' 2>/dev/null; true",
-    "mounting": "for t in tmpfs proc sysfs devtmpfs; do mount -t $t none /mnt 2>/dev/null && echo $t; done; "
+    "a namespace by its system calls": _python(
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "for flag in (0x10000000, 0x20000, 0x40000000, 0x10020000):\n"
+        "    if libc.unshare(flag) == 0: got('unshare')\n"
+        "    pid = libc.syscall({{'x86_64': 56, 'aarch64': 220}}[os.uname().machine], flag | 17, 0, 0, 0, 0)\n"
+        "    if pid == 0: os._exit(0)\n"
+        "    if pid > 0: got('clone')\n"
+        "    arguments = (ctypes.c_uint64 * 11)(flag, 0, 0, 0, 17)\n"
+        "    pid = libc.syscall(435, arguments, 88)\n"
+        "    if pid == 0: os._exit(0)\n"
+        "    if pid > 0: got('clone3')\n"
+        "for name in os.listdir('/proc/self/ns') if os.path.exists('/proc/self/ns') else ():\n"
+        "    fd = os.open('/proc/self/ns/' + name, os.O_RDONLY)\n"
+        "    if libc.setns(fd, 0) == 0: got('setns')\n"
+    ),
+    "mounting": "for t in tmpfs proc sysfs devtmpfs; do mount -t $t none /tmp 2>/dev/null && echo $t; done; "
     "mount -o remount,rw / 2>/dev/null && echo remounted; true",
     "another root": "chroot / true 2>/dev/null && echo chroot; pivot_root / /tmp 2>/dev/null && echo pivot; true",
-    "device nodes": "mknod d b 8 0 2>/dev/null && echo block; mknod c c 1 1 2>/dev/null && echo char; rm -f c d; true",
+    "device nodes": "for d in /workspace /tmp /var/tmp /dev/shm; do for n in 'b 8 0' 'b 7 0' 'c 1 1' 'c 1 3'; do "
+    "mknod $d/node $n 2>/dev/null && echo $d $n; rm -f $d/node; done; done; true",
     "raw disks and memory": _python(
         "for name in os.listdir('/dev'):\n"
         "    if name.startswith(('sd', 'vd', 'loop', 'nvme', 'mem', 'kmem', 'port', 'kvm')):\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _ctypes
 from struct import pack
 
 from . import libc
@@ -10,17 +9,13 @@ from . import libc
 _STACK = 1 << 14  # bytes below its top in which arguments and environment are looked for
 
 
-class _Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]  # it cannot be subscripted when it runs
-    _type_ = "B"
-
-
 def find_argument(pid: int, argument: bytes) -> int:
     """The address of an argument that the process was executed with; LookupError where it is not found."""
     low, high = _stack(pid)
     low = max(low, high - _STACK)
-    buffer = (_Byte * (high - low))()
+    buffer = libc.Buffer(bytes(high - low))
     _transfer("process_vm_readv", pid, low, buffer)
-    at = bytes(buffer).rfind(b"\0" + argument + b"\0")
+    at = buffer.content.rfind(b"\0" + argument + b"\0")
     if at < 0:
         raise LookupError("the argument is not where arguments are")
     return low + at + 1
@@ -28,8 +23,7 @@ def find_argument(pid: int, argument: bytes) -> int:
 
 def write(pid: int, address: int, data: bytes) -> None:
     """Raises OSError where it is refused, or the process has ended."""
-    buffer = (_Byte * len(data))(*data)
-    _transfer("process_vm_writev", pid, address, buffer)
+    _transfer("process_vm_writev", pid, address, libc.Buffer(data))
 
 
 def _stack(pid: int) -> tuple[int, int]:
@@ -41,8 +35,7 @@ def _stack(pid: int) -> tuple[int, int]:
     raise LookupError("the process has no stack")
 
 
-def _transfer(function: str, pid: int, address: int, buffer: _ctypes.Array[_Byte]) -> None:
-    size = _ctypes.sizeof(buffer)
-    ours, theirs = pack("PN", _ctypes.addressof(buffer), size), pack("PN", address, size)
-    if libc.call(function, pid, ours, 1, theirs, 1, 0) != size:
+def _transfer(function: str, pid: int, address: int, buffer: libc.Buffer) -> None:
+    ours, theirs = pack("PN", buffer.address, buffer.size), pack("PN", address, buffer.size)
+    if libc.call(function, pid, ours, 1, theirs, 1, 0) != buffer.size:
         raise OSError(f"{function} was refused")

@@ -12,7 +12,7 @@ import select
 import signal
 import socket
 
-from . import libc, limits
+from . import libc, limits, seccomp
 from .console import report, say
 from .descriptors import receive
 from .options import Options
@@ -147,6 +147,8 @@ def _prepare(options: Options) -> None:
     limits.raise_own()
     if options.cpus:
         limits.use_cpus(options.cpus)
+    if options.engine == "gvisor":
+        seccomp.forbid_privileges()
     if options.engine == "qemu":
         limits.set_oom_score(limits.OWN_OOM_SCORE)
         limits.bound_files_in_memory()

@@ -26,6 +26,23 @@ LAST_CAPABILITY = 63  # above the last that exists; dropping one that does not i
 _self = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None is the program with all that it has loaded
 
 
+class _Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]  # it cannot be subscripted when it runs
+    _type_ = "B"
+
+
+class Buffer:
+    """Memory with an address, for as long as this lives."""
+
+    def __init__(self, content: bytes) -> None:
+        self.size = len(content)
+        self._bytes = (_Byte * self.size)(*content)
+        self.address = _ctypes.addressof(self._bytes)
+
+    @property
+    def content(self) -> bytes:
+        return bytes(self._bytes)
+
+
 def call(function: str, *arguments: int | bytes) -> int:
     """The function's int result. -1 is failure; errno is not available."""
     result: int = _ctypes.call_function(_ctypes.dlsym(_self, function), arguments)
