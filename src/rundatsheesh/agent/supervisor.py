@@ -197,10 +197,10 @@ class Supervisor:
             send_job(ours, ("execute", ["/nothing", ""], {"PATH": ""}, "/"), 3 * [null.fileno()])
             self._work(theirs)
             ours.send(marshal.dumps((0, 0, True)))
-        self._busy = False
         os.kill(os.getpid(), signal.SIGCHLD)
-        self._waiter.wait(0)
-        self._reap()
+        while self._wait_for_children():  # it was forked: the user has as many processes as allowed
+            pass
+        self._busy, self._program, self._status = False, 0, None
 
 
 def supervise(control: socket.socket) -> NoReturn:
