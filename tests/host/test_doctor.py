@@ -14,16 +14,9 @@ from rundatsheesh.commands import checks
 from rundatsheesh.manager.engines.base import Availability
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host import doctor
-from rundatsheesh.manager.host.doctor import Check, Finding, Level, cgroup_controllers
+from rundatsheesh.manager.host.doctor import Check, Finding, Level
 from rundatsheesh.manager.settings import Settings
 
-HYBRID = """\
-30 23 0:26 / /sys/fs/cgroup ro,nosuid shared:9 - tmpfs tmpfs ro,mode=755
-31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:10 - cgroup2 cgroup2 rw,nsdelegate
-35 30 0:31 / /sys/fs/cgroup/cpu,cpuacct rw shared:15 - cgroup cgroup rw,cpu,cpuacct
-36 30 0:32 / /sys/fs/cgroup/memory rw shared:16 - cgroup cgroup rw,memory
-37 30 0:33 / /sys/fs/cgroup/pids rw shared:17 - cgroup cgroup rw,pids
-"""
 UNIFIED = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 
 
@@ -54,17 +47,6 @@ def test_the_command_speaks_json() -> None:
     }
     assert set(facts[0]) == {"name", "level", "fact", "hint"}
     assert result.exit_code == (1 if any(fact["level"] == "fail" for fact in facts) else 0)
-
-
-def test_controllers_are_found_in_either_hierarchy() -> None:
-    assert cgroup_controllers(HYBRID, lambda _: "") == {
-        "cpu": "v1 /sys/fs/cgroup/cpu,cpuacct",
-        "memory": "v1 /sys/fs/cgroup/memory",
-        "pids": "v1 /sys/fs/cgroup/pids",
-    }
-    unified = cgroup_controllers(UNIFIED, lambda _: "cpuset cpu io memory pids")
-    assert set(unified) == {"cpu", "memory", "pids"} and unified["cpu"] == "v2 /sys/fs/cgroup"
-    assert cgroup_controllers(UNIFIED, lambda _: "cpu") == {"cpu": "v2 /sys/fs/cgroup"}
 
 
 async def test_a_check_that_breaks_is_a_failed_check() -> None:

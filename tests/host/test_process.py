@@ -98,6 +98,14 @@ async def test_too_much_output_is_an_error_and_ends_the_writer() -> None:
         await run(["yes"], limit=1000, timeout=10)
 
 
+async def test_too_much_output_is_nothing_to_the_next_command() -> None:
+    """It gets the same descriptors."""
+    for _ in range(5):
+        with pytest.raises(ProcessError):
+            await run(["yes"], limit=1000, timeout=10)
+        assert (await run(["echo", "fine"], timeout=10)).stdout == b"fine\n"
+
+
 async def test_stderr_keeps_its_tail() -> None:
     done = await run(["sh", "-c", "seq 1 100000 >&2"], limit=1000, timeout=10)
     assert len(done.stderr) == 1000

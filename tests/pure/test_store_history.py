@@ -122,6 +122,20 @@ async def test_each_vm_keeps_its_newest_calls(opened: Store, monkeypatch: pytest
         assert len((await calls.page(quiet, limit=100)).entries) == 1
 
 
+async def test_deleted_vms_are_not_counted_for_ever(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exec_log, "MOST_COUNTED", 5)
+    kept = (await reserve(opened)).id
+    async with ExecLog(opened.history) as calls:
+        await calls.started(kept, "exec", "x", CALLER)
+        for _ in range(30):
+            gone = (await reserve(opened)).id
+            await calls.started(gone, "exec", "x", CALLER)
+            await calls.flush()
+            await opened.delete(gone)
+        assert len(calls._since_prune) <= 6
+        assert calls._since_prune[kept] == 1
+
+
 async def test_a_broken_database_fails_no_call(
     opened: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

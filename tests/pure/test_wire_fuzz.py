@@ -136,6 +136,13 @@ def test_stale_bytes_have_an_end() -> None:
             host.receive(bytes(wire.MAX_PAYLOAD))
 
 
+def test_zeros_between_frames_cost_no_more_than_themselves() -> None:
+    """With a copy of the rest for each of them, this would take minutes."""
+    host, _, _ = opened()
+    data = (b"\0" + frame(wire.DATA, 1, b"\x01x")) * wire.WINDOW
+    assert len(host.receive(data)) == wire.WINDOW
+
+
 def test_a_greeting_has_a_size() -> None:
     host = wire.HostEnd(NONCE)
     with pytest.raises(wire.ProtocolError):

@@ -15,6 +15,7 @@ with the same nonce, and the host skips everything before that.
 from __future__ import annotations
 
 import json
+import re
 from struct import Struct
 
 TYPE_CHECKING = False
@@ -41,6 +42,7 @@ PADDING = bytes(MAX_PAYLOAD)
 _HEADER = Struct(">BII")
 _U32 = Struct(">I")
 _MAX_CALL_ID = 0xFFFFFFFF
+_CONTENT = re.compile(rb"[^\0]")  # found without a copy: a peer may put a zero between any two frames
 _SYNC_PAYLOAD = len(MAGIC) + NONCE_BYTES
 # What each end may receive, and how much payload at most.
 _FROM_HOST = {
@@ -133,8 +135,8 @@ class _End:
         buffer = self._buffer
         position = 0
         while True:
-            if position < len(buffer) and buffer[position] == 0:
-                position = len(buffer) - len(buffer[position:].lstrip(b"\0"))
+            content = _CONTENT.search(buffer, position)
+            position = content.start() if content else len(buffer)
             if len(buffer) - position < _HEADER.size:
                 break
             kind, call, length = _HEADER.unpack_from(buffer, position)

@@ -252,7 +252,9 @@ async def _fill(pool: Pool, reconciler: Reconciler) -> None:
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if isinstance(outcome, Exception):
+        log.error("%s ended before its time", task.get_name(), exc_info=outcome)
 
 
 def _configure_logging(level: str) -> None:

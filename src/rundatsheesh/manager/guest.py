@@ -7,6 +7,7 @@ GuestError for everything else that the guest says went wrong.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -37,6 +38,8 @@ __all__ = [
     "Identity",
     "ScriptRequest",
 ]
+
+log = logging.getLogger(__name__)
 
 ANSWER_GRACE = 20.0  # seconds after a command's deadline in which the guest must have killed it and answered
 KILLED = 137
@@ -107,6 +110,7 @@ class Guest:
             if time.time_ns() - self._believed(partial(_integer, answer["clock_ns"], 1 << 63)) < CLOCK_NS:
                 return
             answer = await self._simple({"call": "clock", "time_ns": time.time_ns()})
+        log.warning("a guest's clock is more than %d ms behind, and stays so", CLOCK_NS // 1_000_000)
 
     async def exec(self, request: ExecRequest) -> CallResult:
         """Run a shell command to its end or its deadline."""

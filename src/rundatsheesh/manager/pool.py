@@ -60,6 +60,10 @@ class Pool:
                 log.warning("the warm pool cannot be filled: %s", error)
                 await self._wait(RETRY)
                 continue
+            except Exception:  # whatever the database or the host may think of: the pool has to go on
+                log.exception("the warm pool cannot be filled")
+                await self._wait(RETRY)
+                continue
             if filled:
                 await self._demand.wait()
             await self._wait_for_calm()

@@ -73,7 +73,7 @@ class Reconciler:
         while True:
             try:
                 await self.round()
-            except (RdsError, OSError):
+            except Exception:  # whatever the database or the host may think of: nobody else heals
                 log.exception("reconciling failed; the next round tries again")
             await asyncio.sleep(INTERVAL)
 

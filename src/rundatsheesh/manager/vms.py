@@ -251,7 +251,7 @@ class Vms:
             async with self.locks.hold(record.id):
                 await self._store.move(record.id, frozenset(State), State.DELETING)
                 await self.release(record, "discarded")
-        except RdsError:
+        except (RdsError, OSError):
             log.exception("%s could not be released; the reconciler will try again", record.id)
 
     async def release(self, record: VmRecord, verdict: str) -> None:

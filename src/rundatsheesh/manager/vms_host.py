@@ -158,3 +158,5 @@ def _remove_tree(directory: Path) -> None:
         shutil.rmtree(directory)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise HostError(f"{directory} cannot be removed: {error}") from error

@@ -11,6 +11,7 @@ A worker joins the VM's cgroup: its time and memory count as the VM's, and what 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -104,7 +105,10 @@ class Workers:
 
     async def _ask(self, place: WorkPlace, ours: ExitStack) -> tuple[int, socket.socket]:
         """The worker's pidfd, and our end of its stream; that one is closed where this raises."""
-        stream, theirs = socket.socketpair()
+        try:
+            stream, theirs = socket.socketpair()
+        except OSError as error:
+            raise HostError(f"no file worker for {place.mountpoint}: {error}") from error
         ours.enter_context(theirs)
         try:
             fds = await in_thread(_descriptors, place, ours)
@@ -170,6 +174,8 @@ class _Helper:
             raise ConnectionError("the helper for file work has ended")
         if answer != _STARTED:
             raise HostError(f"no process for file work: {answer[1:].decode(errors='replace')}")
+        if not ancillary:
+            raise OSError(errno.EMFILE, "no descriptor is left for the worker's")  # it ends with its helper
         return int.from_bytes(ancillary[0][2][:_INT], sys.byteorder)
 
     async def close(self) -> None:

@@ -57,7 +57,8 @@ async def create_in_memory(size_mb: int) -> int:
 def copy_in_memory(template: int) -> int:
     """A descriptor of a copy that may be written to and has no path."""
     disk = memfile.create("disk", os.fstat(template).st_size)
-    _copy(template, disk)
+    with memfile.closed_on_error(disk):
+        _copy(template, disk)
     return disk
 
 

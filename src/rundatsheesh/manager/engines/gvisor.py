@@ -114,10 +114,6 @@ class GVisor:
         await workspace.unmount(files.workspace)
         await in_thread(cgroup.remove)
 
-    def trim_logs(self, files: VmFiles) -> None:
-        """Make room in the logs of a running guest, which are bounded anyway, so that they go on with what is new."""
-        gvisor_files.trim_logs(files)
-
     async def _start(self, record: VmRecord, files: VmFiles) -> GVisorMachine:
         cgroup = self._cgroup(record)
         # The guest's machine is as large as the limit that runsc finds at its start, so its overhead is added later.

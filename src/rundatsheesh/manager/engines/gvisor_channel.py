@@ -55,7 +55,7 @@ async def first_of(awaitables: Sequence[Awaitable[object]], limit: float | None)
 
 
 def _retry_after(path: Path) -> float | None:
-    return LISTEN_RETRY if path.exists() else None
+    return LISTEN_RETRY if os.path.lexists(path) else None
 
 
 def _dial(path: Path) -> socket.socket | None:

@@ -130,7 +130,7 @@ def remove(files: VmFiles) -> None:
 
 
 def trim_logs(files: VmFiles) -> None:
-    """Make room in the logs of a running guest. Only a convenience: they are bounded anyway."""
+    """Make room in the logs of a running guest, which are bounded anyway, so that they go on with what is new."""
     for _, live in _logs(files):
         logs.trim_log(live)
 

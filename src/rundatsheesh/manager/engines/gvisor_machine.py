@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rundatsheesh.manager.disk.worker import WorkPlace
-from rundatsheesh.manager.engines import gvisor_channel
+from rundatsheesh.manager.engines import gvisor_channel, gvisor_files
 from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
 from rundatsheesh.manager.engines.gvisor_files import SandboxFiles
-from rundatsheesh.manager.engines.logs import read_tail
+from rundatsheesh.manager.engines.logs import TRIM_INTERVAL, read_tail
 from rundatsheesh.manager.errors import EngineError
 from rundatsheesh.manager.host.cgroups import Cgroup
 from rundatsheesh.manager.host.process import Child, ProcessRef
@@ -92,7 +92,7 @@ class GVisorMachine:
 
     async def _watch(self) -> Exit:
         """Notice the first end among the sandbox's processes, see to it that nothing of it is left, and say why."""
-        await gvisor_channel.first_of([process.wait() for process in self._processes], None)
+        await self._first_end()
         if self._stream is not None:
             self._stream[1].close()
             self._stream = None
@@ -103,6 +103,14 @@ class GVisorMachine:
         await asyncio.gather(*(process.wait() for process in self._processes))
         status = await self._child.wait() if self._child is not None else None
         return Exit(self._reason(status, crashed), status, evidence(self._files))
+
+    async def _first_end(self) -> None:
+        end = asyncio.ensure_future(gvisor_channel.first_of([process.wait() for process in self._processes], None))
+        try:
+            while not (await asyncio.wait([end], timeout=TRIM_INTERVAL))[0]:
+                await in_thread(gvisor_files.trim_logs, self._files)
+        finally:
+            end.cancel()
 
     def _reason(self, status: int | None, crashed: bool) -> str:
         if self._stopping:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 KEEP_BYTES = 256 << 10  # of a log, after the guest has ended
 TRIM_BYTES = 512 << 10  # a running guest's log that has this many is cut to its last KEEP_BYTES
+TRIM_INTERVAL = 10.0  # seconds between two looks at the size of a running guest's logs
 CARRY_BYTES = 64 << 10  # of the runs before, with which a log begins
 
 

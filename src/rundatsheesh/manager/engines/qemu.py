@@ -190,8 +190,7 @@ class Qemu:
             child = await self._launch(record, files, start, memory, network, (None, disk))
             await self._save(files, state)
             await child.wait()
-            kept = os.dup(memory), os.dup(state), os.dup(disk)
-        return Template(*kept)
+            return Template(memory, state, disk)
 
     async def _save(self, files: VmFiles, state: int) -> None:
         """Wait for the agent, then stop the machine and write out the state of its devices; its memory is a file
@@ -213,13 +212,10 @@ class Qemu:
             saved = qmp.expect("MIGRATION", status="completed")
             await qmp.execute("getfd", descriptor=state, fdname="state")
             await qmp.execute("migrate", uri="fd:state")
-            async with asyncio.timeout(START_TIMEOUT):
-                await saved
+            await asyncio.wait([saved], timeout=START_TIMEOUT)
+            if not saved.done() or saved.cancelled():
+                raise EngineError("QEMU did not save the template")
             await qmp.execute("quit")
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and not saved.cancelled():
-                raise
-            raise EngineError("QEMU did not save the template") from error
         finally:
             await qmp.close()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rundatsheesh.manager.engines import qemu_files
 from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
+from rundatsheesh.manager.engines.logs import TRIM_INTERVAL
 from rundatsheesh.manager.engines.qemu_files import MachineFiles
 from rundatsheesh.manager.engines.qmp import Qmp
 from rundatsheesh.manager.errors import EngineError
@@ -17,7 +18,6 @@ from rundatsheesh.manager.host.threads import in_thread
 
 LAST_WORDS_TIMEOUT = 2.0  # seconds, to read what QEMU said before it ended
 QUIT_TIMEOUT = 5.0  # for QEMU to write out its disk
-TRIM_INTERVAL = 10.0  # between looks at the size of the logs
 
 _PANIC = re.compile(r"Kernel panic - not syncing: (.*)")
 

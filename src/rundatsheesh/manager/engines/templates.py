@@ -36,12 +36,13 @@ class Key:
 
 class Template:
     def __init__(self, memory: int, state: int, disk: int) -> None:
-        """Takes over the descriptors and seals the files; no process may have them mapped for writing."""
-        self._memory = memory
-        self._state = state
-        self._disk = disk
-        for file in (memory, state, disk):
-            memfile.seal(file)
+        """Seals the files, and keeps descriptors of its own; no process may have them mapped for writing. Raises
+        OSError."""
+        with ExitStack() as kept:
+            self._memory, self._state, self._disk = (_duplicate(file, kept) for file in (memory, state, disk))
+            for file in (memory, state, disk):
+                memfile.seal(file)
+            self._kept = kept.pop_all()
 
     @contextmanager
     def opened(self) -> Iterator[tuple[int, int]]:
@@ -59,8 +60,13 @@ class Template:
             yield disk
 
     def close(self) -> None:
-        for file in (self._memory, self._state, self._disk):
-            os.close(file)
+        self._kept.close()
+
+
+def _duplicate(descriptor: int, kept: ExitStack) -> int:
+    duplicate = os.dup(descriptor)
+    kept.callback(os.close, duplicate)
+    return duplicate
 
 
 class Templates:

@@ -28,6 +28,10 @@ class Layout:
         names = [name for name in REQUIRED if name not in self.v1 and name not in self.v2_controllers]
         return (*names, *(["freezer"] if self.v2 is None and "freezer" not in self.v1 else []))
 
+    def place_of(self, controller: str) -> str:
+        """For humans: the hierarchy in which it is."""
+        return f"v1 {self.v1[controller]}" if controller in self.v1 else f"v2 {self.v2}"
+
     @property
     def every_mount(self) -> tuple[Path, ...]:
         """All hierarchies, those that carry no limit of ours too."""

@@ -123,7 +123,6 @@ class Cgroup:
         if v1 is None:
             self._write_v2("memory.max", str(limit))
             self._write_v2("memory.swap.max", "0", optional=True)
-            self._write_v2("memory.oom.group", "1", optional=True)
             return
         with_swap = v1 / "memory.memsw.limit_in_bytes"  # absent where the kernel does not count swap
         files = [v1 / "memory.limit_in_bytes", *([with_swap] if with_swap.exists() else [])]

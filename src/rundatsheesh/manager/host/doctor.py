@@ -17,13 +17,13 @@ from pathlib import Path
 
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host import process, tools
+from rundatsheesh.manager.host.cgroup_layout import REQUIRED, find_layout
 
 COMMAND_TIMEOUT = 20.0  # seconds
 CHECK_TIMEOUT = 60.0
 MIN_KERNEL = (5, 15)
 MIN_MEMORY_MB = 1024
 MIN_DISK_MB = {"STORAGE_ROOT": 2048, "IMAGE_CACHE": 1024}
-CONTROLLERS = ("cpu", "memory", "pids")
 SET_UP = "run `make setup` (or `sudo rds setup`)"
 
 
@@ -196,30 +196,13 @@ async def _loop_devices() -> Finding:
     )
 
 
-def cgroup_controllers(mountinfo: str, v2_controllers: Callable[[Path], str]) -> dict[str, str]:
-    """Controller → where it is found, from the text of /proc/self/mountinfo; `v2_controllers` lists a v2 mount's."""
-    found: dict[str, str] = {}
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        mount_point, (kind, _, options) = before.split()[4], after.split(" ", 2)
-        if kind == "cgroup":
-            found.update({word: f"v1 {mount_point}" for word in options.split(",") if word in CONTROLLERS})
-        elif kind == "cgroup2":
-            present = v2_controllers(Path(mount_point)).split()
-            found.update({word: f"v2 {mount_point}" for word in present if word in CONTROLLERS})
-    return found
-
-
 def _cgroups() -> Finding:
     """Every controller may sit in either hierarchy, and a mounted v2 hierarchy may well be empty."""
-    found = cgroup_controllers(
-        Path("/proc/self/mountinfo").read_text(), lambda mount: (mount / "cgroup.controllers").read_text()
-    )
-    missing = [name for name in CONTROLLERS if name not in found]
-    fact = ", ".join(f"{name}: {found[name]}" for name in CONTROLLERS if name in found) or "no controller"
-    if missing:
-        return fail(f"{fact}; missing: {', '.join(missing)}", "mount the cgroup hierarchy with these controllers")
-    return ok(fact)
+    try:
+        layout = find_layout()
+    except HostError as error:
+        return fail(error.message, error.hint or SET_UP)
+    return ok(", ".join(f"{name}: {layout.place_of(name)}" for name in REQUIRED))
 
 
 def _ip_forward() -> Finding:

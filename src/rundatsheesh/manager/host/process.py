@@ -16,10 +16,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host.output import Collector, OutputOverflow
@@ -97,7 +97,7 @@ async def run(
             )
         async with _killed_on_error(child):
             async with asyncio.timeout(timeout):
-                await asyncio.gather(stdout.collect(), stderr.collect(), child.exited())
+                await _all_of(stdout.collect(), stderr.collect(), child.exited())
     except TimeoutError:
         raise ProcessTimeoutError(f"no end after {timeout:g} s", argv, None, stdout.kept + stderr.kept) from None
     except OutputOverflow:
@@ -109,6 +109,18 @@ async def run(
     if check and returncode != 0:
         raise ProcessError(_describe(returncode), argv, returncode, stderr.kept or stdout.kept)
     return Completed(tuple(argv), returncode, stdout.kept, stderr.kept)
+
+
+async def _all_of(*work: Coroutine[Any, Any, None]) -> None:
+    """Return when all have ended; where one fails the others have ended, too, and hold no descriptor any more that is
+    about to be closed."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def start(
@@ -156,7 +168,12 @@ def start(
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise ProcessError(str(error), argv, None, b"") from error
-    return Child(popen, tuple(argv), reap=reap)
+    try:
+        return Child(popen, tuple(argv), reap=reap)
+    except OSError as error:  # no descriptor is left; nobody would own it
+        popen.kill()
+        popen.wait()
+        raise ProcessError(str(error), argv, None, b"") from error
 
 
 class Child:
@@ -166,10 +183,10 @@ class Child:
         self.argv = argv
         self.pid = popen.pid
         self._popen = popen
-        _unreaped[popen.pid] = popen
         # An unreaped child keeps its pid, so both of these are certain to be about it.
         self.ref = ProcessRef(popen.pid, _start_time(popen.pid))
         self._pidfd = os.pidfd_open(popen.pid)
+        _unreaped[popen.pid] = popen
         self._loop = asyncio.get_running_loop()
         self._exited: asyncio.Future[None] = self._loop.create_future()
         self._reap_wanted = reap

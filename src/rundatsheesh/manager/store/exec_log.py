@@ -17,13 +17,14 @@ from rundatsheesh.manager.store.history import EXEC_LOG_PER_VM, History
 log = logging.getLogger(__name__)
 
 MAX_INPUT_CHARS = 8192  # of a command or code that is kept
-MAX_PENDING = 4096  # calls noted but not yet written: at most 32 MiB of input
+MAX_PENDING = 4096  # calls noted but not yet written: at most 128 MiB of input, of four bytes a character
 # An ended call waits this long for company: a transaction costs as much CPU as several calls, however few it notes.
 GATHER_S = 1.0
 # An open call is written after this long, so that one which the manager does not outlive is known as interrupted. One
 # that ends sooner costs one row, not two writes.
 OPEN_S = 0.1
 PRUNE_EVERY = EXEC_LOG_PER_VM // 10  # calls of a VM between two prunings
+MOST_COUNTED = 1024  # VMs whose calls since then are counted, before those that are gone are looked for
 
 
 class ExecLog:
@@ -37,6 +38,7 @@ class ExecLog:
         self._begun: dict[str, ExecLogEntry] = {}  # not yet written, by id, in order
         self._ended: dict[str, ExecLogEntry] = {}  # their begin is written already
         self._since_prune: Counter[str] = Counter()
+        self._next_forgetting = MOST_COUNTED
         self._pending = asyncio.Event()
         self._closing = asyncio.Event()
         self._space = asyncio.Condition()
@@ -144,10 +146,20 @@ class ExecLog:
             await self._history.write_calls(begun, ended)
             if surplus:
                 await self._history.prune_calls(surplus)
+            await self._forget_gone()
         except Exception:
             log.exception("execution log: %d entries could not be written", len(begun) + len(ended))
         for vm_id in surplus:
             del self._since_prune[vm_id]
+
+    async def _forget_gone(self) -> None:
+        """Of a VM that was deleted, no call comes any more that would take it off the list."""
+        if len(self._since_prune) < self._next_forgetting:
+            return
+        present = await self._history.present(list(self._since_prune))
+        for vm_id in self._since_prune.keys() - present:
+            del self._since_prune[vm_id]
+        self._next_forgetting = max(MOST_COUNTED, 2 * len(self._since_prune))
 
 
 def _patience(entry: ExecLogEntry) -> timedelta:

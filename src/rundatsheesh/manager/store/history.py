@@ -93,6 +93,12 @@ class History:
             if ended:
                 await db.execute(_FINISH, [_finish(entry) for entry in ended])
 
+    async def present(self, vm_ids: Collection[str]) -> set[str]:
+        """Which of these VMs exist."""
+        ids = schema.vms.c.id
+        async with self._database.read() as db:
+            return set(await db.scalars(select(ids).where(ids.in_(vm_ids))))
+
     async def prune_calls(self, vm_ids: Collection[str]) -> None:
         """Keep the newest EXEC_LOG_PER_VM calls of each VM."""
         await finish(self._prune_calls(vm_ids))
