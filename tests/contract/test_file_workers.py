@@ -126,7 +126,7 @@ def test_a_worker_is_nobody_and_sees_nothing(box: Box) -> None:
     with stalled_download(box) as (pid, _):
         seen = status(pid)
         assert {seen[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {NO_CAPABILITY}
-        assert (seen["NoNewPrivs"], seen["Groups"]) == ("1", "")
+        assert (seen["NoNewPrivs"], seen["Seccomp"], seen["Groups"]) == ("1", "2", "")
         assert {seen["Uid"], seen["Gid"]} == {"1000\t1000\t1000\t1000"}
         root = Path(f"/proc/{pid}/root")
         assert sorted(path.name for path in root.iterdir()) == ["home", "workspace"]

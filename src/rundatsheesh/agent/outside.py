@@ -12,7 +12,8 @@ the first process of their namespace.
 
 A worker confines itself before it reads a byte of its call: it ends where a step of that fails. What it sees then is a
 root directory with the workspace under both of its names, and nothing else: no /proc, no device, no other file system.
-It is the user, has no capability and no way to gain one, no network, and cannot fork.
+It is the user, has no capability and no way to gain one, no network, cannot fork, and a filter leaves it the system
+calls that its work takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import signal
 import socket
 import struct
 
-from . import descriptors, libc, limits, wire
+from . import descriptors, libc, limits, seccomp, wire
 from .console import say
 from .files import receive
 from .job import CallFailed
@@ -165,6 +166,7 @@ def confine(stream: int, tree: int, groups: list[int]) -> None:
     libc.renounce_privileges()
     os.setresuid(USER, USER, USER)
     _drop_capabilities()
+    seccomp.keep_file_work()
 
 
 def _mount_workspace(tree: int) -> None:
