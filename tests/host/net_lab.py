@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import selectors
 import socket
@@ -295,9 +296,22 @@ async def network(block: int = BLOCK, *guests: tuple[Slot, EgressPolicy], dns_po
             await made.attach(guest, its_policy)
         yield made
     finally:
-        for present in await made.list_present():
-            await made.detach(present)
+        for guest in await present(made):
+            await made.detach(guest)
         await made.close()
+
+
+async def present(net: Network) -> set[Slot]:
+    """Slots of which anything exists on the host."""
+    traces = await net.list_traces()
+    return {*traces.links, *traces.namespaces, *traces.rules}
+
+
+def refused_packets(guest: Slot) -> int:
+    """How many of its packets the policy has refused."""
+    listed = json.loads(shell(f"nft --json list set inet rundatsheesh_{guest.block} refusals"))["nftables"]
+    counters = (element["elem"] for entry in listed for element in entry.get("set", {}).get("elem", []))
+    return next((found["counter"]["packets"] for found in counters if found["val"] == guest.link), 0)
 
 
 def left_behind() -> dict[str, object]:

@@ -121,8 +121,7 @@ class Vm:
 
     async def prepare(self) -> None:
         await workspace.create(self.files.disk, self.record.spec.disk_mb)
-        user = vm_user(self.record.slot)
-        net_kernel.create_tap(self.record.slot.link, user, user)
+        net_kernel.create_tap(self.record.slot.link)
 
     async def start(self) -> QemuMachine:
         await self.prepare()

@@ -84,13 +84,13 @@ def enter_namespace(descriptor: int) -> None:
     _check(_libc.setns(descriptor, CLONE_NEWNET), "setns")
 
 
-def create_tap(name: str, uid: int, gid: int) -> None:
-    """A persistent tap that a process of this user and group may open. Idempotent."""
+def create_tap(name: str) -> None:
+    """A persistent tap that root may open. Idempotent."""
     with open("/dev/net/tun", "r+b", buffering=0) as device:
         request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
         fcntl.ioctl(device, TUNSETIFF, request)
-        fcntl.ioctl(device, TUNSETOWNER, uid)
-        fcntl.ioctl(device, TUNSETGROUP, gid)
+        fcntl.ioctl(device, TUNSETOWNER, 0)  # without an owner and a group, anybody may open it
+        fcntl.ioctl(device, TUNSETGROUP, 0)
         fcntl.ioctl(device, TUNSETPERSIST, 1)
 
 
