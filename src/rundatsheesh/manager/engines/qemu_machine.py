@@ -96,13 +96,6 @@ class QemuMachine:
         async with self._freezing:
             await in_thread(self._cgroup.thaw)
 
-    async def detach(self) -> None:
-        """Let go of the guest, which runs on: what the end of the manager does."""
-        self._exit.cancel()
-        await asyncio.gather(self._exit, return_exceptions=True)
-        await self._qmp.close()
-        self._close_stream()
-
     def _close_stream(self) -> None:
         if self._stream is not None:
             self._stream[1].close()

@@ -158,12 +158,6 @@ class Cgroup:
             if error.errno not in _ABSENT:
                 raise
 
-    def is_frozen(self) -> bool:
-        """Whether freezing was asked for."""
-        if self._v2 is not None:
-            return (self._v2 / "cgroup.freeze").read_text().strip() == "1"
-        return (self._freezer() / "freezer.state").read_text().strip() != "THAWED"
-
     def kill(self) -> None:
         """Kill every process of the group, frozen ones too; returns when it is empty or does not exist. Raises
         HostError when one does not die."""
