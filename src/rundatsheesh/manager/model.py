@@ -120,7 +120,6 @@ class VmSpec:
     policy: EgressPolicy
     engine: str  # a concrete engine name, never "auto"
     image_id: str
-    snapshot_id: str | None = None
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     lifetime: Lifetime = Lifetime()
