@@ -3,7 +3,7 @@ nothing but that workspace.
 
 The manager starts one helper, as root and first process of a pid, mount, network and ipc namespace of its own:
 
-    unshare --fork --kill-child --pid --net --ipc --mount python -I -S DIRECTORY --outside
+    unshare --fork --kill-child --pid --net --ipc --mount --propagation private python -I -S -B DIRECTORY --outside
 
 Descriptor 0 is a socket of packets. Each packet asks for a worker and brings its descriptors: a stream on which it
 serves one call (see line.py), a detached copy of the workspace's mount, and the `cgroup.procs` files of the groups to
