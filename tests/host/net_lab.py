@@ -25,6 +25,8 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 
+from rundatsheesh.manager.host import namespaces
+from rundatsheesh.manager.host.namespaces import Kind
 from rundatsheesh.manager.model import EgressPolicy, Slot
 from rundatsheesh.manager.net import Network, kernel
 
@@ -332,11 +334,11 @@ def left_behind() -> dict[str, object]:
 def _private_network() -> Iterator[None]:
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
-        kernel.enter_new_namespace()
+        namespaces.enter_new(Kind.NETWORK)
         shell("ip link set lo up")
         yield
     finally:
-        kernel.enter_namespace(home)
+        namespaces.enter(home, Kind.NETWORK)
         os.close(home)
 
 

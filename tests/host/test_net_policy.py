@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import os
 import select
 import socket
 import struct
 from collections.abc import Callable
-from typing import BinaryIO
 
 import pytest
 from net_lab import (
@@ -30,6 +29,7 @@ from net_lab import (
     udp,
 )
 
+from rundatsheesh.manager.host import tap
 from rundatsheesh.manager.model import Slot
 from rundatsheesh.manager.net import kernel, links, rtnetlink
 
@@ -308,32 +308,26 @@ async def test_tap_has_the_same_policy() -> None:
         await net.attach(guest, policy("172.16.0.1/32"), kind="tap")
         assert guest.netns not in kernel.namespace_names()
         assert "user root group root" in shell(f"ip -d link show dev {guest.link}")
-        with rtnetlink.link_events() as events, _opened_tap(guest.link) as tap:
+        # Not `opened`: /sys shows the machine's own network here.
+        with rtnetlink.link_events() as events, tap._opened(guest.link) as wire:
             await asyncio.to_thread(rtnetlink.wait_until_running, events, socket.if_nametoindex(guest.link))
-            assert _ping_through(tap, guest, str(guest.guest_ip), GATEWAY) == (0, 0)
-            assert _ping_through(tap, guest, str(guest.guest_ip), WORLD) == (3, 13)
+            assert _ping_through(wire, guest, str(guest.guest_ip), GATEWAY) == (0, 0)
+            assert _ping_through(wire, guest, str(guest.guest_ip), WORLD) == (3, 13)
             before = refused_packets(guest)
-            assert _ping_through(tap, guest, "172.16.0.9", GATEWAY) is None
+            assert _ping_through(wire, guest, "172.16.0.9", GATEWAY) is None
             assert refused_packets(guest) == before + 1
 
 
-def _opened_tap(name: str) -> BinaryIO:
-    device = open("/dev/net/tun", "r+b", buffering=0)  # noqa: SIM115  (the caller closes it)
-    flags = kernel.IFF_TAP | kernel.IFF_NO_PI | kernel.IFF_VNET_HDR
-    fcntl.ioctl(device, kernel.TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    return device
-
-
-def _ping_through(tap: BinaryIO, guest: Slot, source: str, destination: str) -> tuple[int, int] | None:
+def _ping_through(wire: int, guest: Slot, source: str, destination: str) -> tuple[int, int] | None:
     """Type and code of the ICMP message that an echo request brings back; None when there is none."""
     icmp = b"\x08\x00\xf7\xfd\x00\x01\x00\x01"
     addresses = socket.inet_aton(source) + socket.inet_aton(destination)
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 28, 1, 0, 64, 1, 0) + addresses
     ip = ip[:10] + struct.pack("!H", 0xFFFF - sum(struct.unpack("!10H", ip)) % 0xFFFF) + ip[12:]
     macs = bytes.fromhex((links.GATEWAY_MAC + guest.guest_mac).replace(":", ""))
-    tap.write(bytes(10) + macs + b"\x08\x00" + ip + icmp)
-    while select.select([tap], [], [], 0.3)[0]:
-        frame = tap.read(2048)[10:]
+    os.write(wire, bytes(10) + macs + b"\x08\x00" + ip + icmp)
+    while select.select([wire], [], [], 0.3)[0]:
+        frame = os.read(wire, 2048)[10:]
         if frame[12:14] == b"\x08\x00" and frame[23] == 1:
             return frame[34], frame[35]
     return None

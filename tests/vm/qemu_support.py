@@ -21,7 +21,7 @@ from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig, vm_user
 from rundatsheesh.manager.engines.qemu_machine import QemuMachine
 from rundatsheesh.manager.engines.templates import Templates
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, Identity
-from rundatsheesh.manager.host import mounts
+from rundatsheesh.manager.host import mounts, tap
 from rundatsheesh.manager.host.bootfiles import BootFiles
 from rundatsheesh.manager.host.cgroup_layout import find_layout
 from rundatsheesh.manager.host.cgroups import Cgroup, Cgroups
@@ -37,7 +37,6 @@ from rundatsheesh.manager.model import (
     new_vm_id,
     now,
 )
-from rundatsheesh.manager.net import kernel as net_kernel
 
 IMAGE_CACHE = Path("/var/cache/rundatsheesh")
 AGENT = Path(rundatsheesh.agent.__file__).parent
@@ -122,7 +121,7 @@ class Vm:
 
     async def prepare(self) -> None:
         await workspace.create(self.files.disk, self.record.spec.disk_mb)
-        net_kernel.create_tap(self.record.slot.link)
+        tap.create(self.record.slot.link)
 
     async def start(self) -> QemuMachine:
         await self.prepare()

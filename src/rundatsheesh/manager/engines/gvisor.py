@@ -24,6 +24,7 @@ from rundatsheesh.manager.errors import EngineError, HostError
 from rundatsheesh.manager.host import process, tools
 from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
 from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Cgroups, Limits
+from rundatsheesh.manager.host.namespaces import NETNS_DIRECTORY
 from rundatsheesh.manager.host.process import Child
 from rundatsheesh.manager.host.threads import in_thread, opened_in_thread
 from rundatsheesh.manager.model import Isolation, VmRecord
@@ -146,7 +147,7 @@ class GVisor:
                 device=Path("/dev/kvm") if platform == "kvm" else None,
             )
         )
-        netns = gvisor_files.NETNS_DIRECTORY / record.slot.netns
+        netns = NETNS_DIRECTORY / record.slot.netns
         runsc = [gvisor_files.RUNSC, f"--root={gvisor_files.STATE}", f"--log={gvisor_files.ENGINE_LOG}"]
         runsc += [f"--platform={platform}", *RUNSC_FLAGS, "run", f"--bundle={gvisor_files.BUNDLE}", record.id]
         argv = cgroup.entering(["nsenter", f"--mount=/proc/self/fd/{tree}", f"--net={netns}", "--", *runsc])

@@ -25,6 +25,7 @@ from rundatsheesh.manager.engines import logs, oci
 from rundatsheesh.manager.engines.base import VmFiles
 from rundatsheesh.manager.host import mounts
 from rundatsheesh.manager.host.mounts import Bind, Flag
+from rundatsheesh.manager.host.namespaces import NETNS_DIRECTORY
 from rundatsheesh.manager.host.process import ProcessRef
 from rundatsheesh.manager.model import VmRecord
 
@@ -42,7 +43,6 @@ RUNSC = "/bin/runsc"
 BUNDLE = "/vm/bundle"
 STATE = "/vm/state"
 ENGINE_LOG = "/vm/engine.log"
-NETNS_DIRECTORY = Path("/run/netns")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rundatsheesh.manager.errors import NetworkError
+from rundatsheesh.manager.host import tap
+from rundatsheesh.manager.host.namespaces import NETNS_DIRECTORY
 from rundatsheesh.manager.model import GATEWAY, SLOTS_PER_BLOCK, Slot
 from rundatsheesh.manager.net import kernel, rtnetlink
 from rundatsheesh.manager.net.netlink import ROUTE, Netlink
@@ -28,7 +30,7 @@ def create_veth(slot: Slot) -> None:
     with _failures(f"create link {slot.link}"):
         remove(slot)
         kernel.create_namespace(slot.netns)
-        with Netlink(ROUTE) as netlink, open(kernel.NETNS_DIRECTORY / slot.netns, "rb") as namespace:
+        with Netlink(ROUTE) as netlink, open(NETNS_DIRECTORY / slot.netns, "rb") as namespace:
             host, guest = Interface(slot.link, GATEWAY_MAC, MTU), Interface(GUEST_LINK, slot.guest_mac, MTU)
             rtnetlink.create_veth(netlink, host, guest, namespace.fileno())
             _configure_host_end(netlink, slot)
@@ -41,7 +43,7 @@ def create_tap(slot: Slot) -> None:
     """A tap in the root namespace that root may open: the guest's own interface is its other end."""
     with _failures(f"create tap {slot.link}"):
         remove(slot)
-        kernel.create_tap(slot.link)
+        tap.create(slot.link)
         with Netlink(ROUTE) as netlink:
             rtnetlink.describe_link(netlink, _index(slot.link), GATEWAY_MAC, MTU)
             _configure_host_end(netlink, slot)
