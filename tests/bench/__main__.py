@@ -34,7 +34,7 @@ from rundatsheesh.bench import report, svg
 from rundatsheesh.bench.burst import measure_burst
 from rundatsheesh.bench.connection import Box, Connection
 from rundatsheesh.bench.results import Results
-from rundatsheesh.manager.app import AGENT
+from rundatsheesh.manager.build import AGENT
 from rundatsheesh.manager.build.agent import find_agent
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.guest import Guest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import selectors
 import socket
@@ -24,6 +25,8 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 
+from rundatsheesh.manager.host import namespaces
+from rundatsheesh.manager.host.namespaces import Kind
 from rundatsheesh.manager.model import EgressPolicy, Slot
 from rundatsheesh.manager.net import Network, kernel
 
@@ -295,9 +298,22 @@ async def network(block: int = BLOCK, *guests: tuple[Slot, EgressPolicy], dns_po
             await made.attach(guest, its_policy)
         yield made
     finally:
-        for present in await made.list_present():
-            await made.detach(present)
+        for guest in await present(made):
+            await made.detach(guest)
         await made.close()
+
+
+async def present(net: Network) -> set[Slot]:
+    """Slots of which anything exists on the host."""
+    traces = await net.list_traces()
+    return {*traces.links, *traces.namespaces, *traces.rules}
+
+
+def refused_packets(guest: Slot) -> int:
+    """How many of its packets the policy has refused."""
+    listed = json.loads(shell(f"nft --json list set inet rundatsheesh_{guest.block} refusals"))["nftables"]
+    counters = (element["elem"] for entry in listed for element in entry.get("set", {}).get("elem", []))
+    return next((found["counter"]["packets"] for found in counters if found["val"] == guest.link), 0)
 
 
 def left_behind() -> dict[str, object]:
@@ -318,11 +334,11 @@ def left_behind() -> dict[str, object]:
 def _private_network() -> Iterator[None]:
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
-        kernel.enter_new_namespace()
+        namespaces.enter_new(Kind.NETWORK)
         shell("ip link set lo up")
         yield
     finally:
-        kernel.enter_namespace(home)
+        namespaces.enter(home, Kind.NETWORK)
         os.close(home)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rundatsheesh.manager import app
+from rundatsheesh.manager.build import AGENT
 from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.disk.worker import MOST, Worker, Workers, WorkPlace
 from rundatsheesh.manager.errors import GuestError, HostError, InvalidInput, NotFound
@@ -55,7 +55,7 @@ async def place(tmp_path: Path) -> AsyncIterator[WorkPlace]:
 
 @pytest.fixture
 async def workers() -> AsyncIterator[Workers]:
-    opened = Workers(app.AGENT)
+    opened = Workers(AGENT)
     yield opened
     await opened.close()
 
@@ -122,7 +122,7 @@ async def test_a_step_of_the_confinement_that_fails_ends_the_worker(workers: Wor
 
 
 def test_a_worker_that_ends_at_once_is_known_and_reaped() -> None:
-    argv = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(app.AGENT.parent)!r})\n{QUICK_END}"]
+    argv = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(AGENT.parent)!r})\n{QUICK_END}"]
     shown = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT)
     assert (shown.stdout, shown.stderr) == ("none left\n", "")
 

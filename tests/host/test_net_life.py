@@ -22,6 +22,7 @@ from net_lab import (
     left_behind,
     network,
     policy,
+    present,
     shell,
     slot,
 )
@@ -38,17 +39,13 @@ def drop_table(block: int = BLOCK) -> None:
     shell(f"nft delete table inet rundatsheesh_{block}")
 
 
-async def test_guest_end_is_as_promised_and_comes_back_after_a_sandbox_took_it() -> None:
+async def test_guest_end_is_as_promised() -> None:
     guest = slot(0)
-    async with lab() as it, network(BLOCK, (guest, EVERYTHING)) as net:
-        expected = await it.inside(guest, lambda: shell("ip -4 -o addr show dev eth0; ip -4 route"))
-        assert f"{guest.guest_ip}/32" in expected
-        assert f"default via {GATEWAY} dev eth0" in expected
+    async with lab() as it, network(BLOCK, (guest, EVERYTHING)):
+        found = await it.inside(guest, lambda: shell("ip -4 -o addr show dev eth0; ip -4 route"))
+        assert f"{guest.guest_ip}/32" in found
+        assert f"default via {GATEWAY} dev eth0" in found
         assert guest.guest_mac in await it.inside(guest, lambda: shell("ip link show dev eth0"))
-        await it.inside(guest, lambda: shell("ip addr flush dev eth0; ip route flush dev eth0; ip link set eth0 down"))
-        for _ in range(2):
-            await net.reset_guest_end(guest)
-            assert await it.inside(guest, lambda: shell("ip -4 -o addr show dev eth0; ip -4 route")) == expected
         assert await it.tcp(guest, WORLD) == UPLINK
 
 
@@ -83,7 +80,7 @@ async def test_attach_replaces_a_leftover() -> None:
         assert await it.tcp(guest, WORLD) == REFUSED
         assert await it.tcp(guest, "203.0.113.5") == UPLINK
         await net.attach(guest, policy("203.0.113.6/32"), kind="tap")
-        assert await net.list_present() == {guest}
+        assert await present(net) == {guest}
 
 
 async def test_detach_from_every_partial_state() -> None:
@@ -104,11 +101,11 @@ async def test_detach_from_every_partial_state() -> None:
             for _ in range(2):
                 await net.detach(guest)
             assert left_behind() == clean
-            assert await net.list_present() == set()
+            assert await present(net) == set()
         await net.attach(guest, EVERYTHING)
         drop_table()
         await net.detach(guest)
-        assert await net.list_present() == set()
+        assert await present(net) == set()
 
 
 async def test_detach_of_what_never_was() -> None:
@@ -125,7 +122,7 @@ async def test_failing_rules_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(NetworkError, match="nftables refused"):
             await net.attach(slot(0), EVERYTHING)
         assert left_behind() == clean
-        assert await net.list_present() == set()
+        assert await present(net) == set()
 
 
 async def test_failing_link_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,20 +172,20 @@ async def test_many_at_once() -> None:
         async with asyncio.TaskGroup() as group:
             for guest in guests:
                 group.create_task(net.attach(guest, policy("203.0.113.0/24", "172.16.0.1/32")))
-        assert await net.list_present() == set(guests)
+        assert await present(net) == set(guests)
         for guest in guests:
             assert await it.tcp(guest, GATEWAY) == str(guest.guest_ip)
         async with asyncio.TaskGroup() as group:
             for guest in guests:
                 group.create_task(net.detach(guest))
-        assert await net.list_present() == set()
+        assert await present(net) == set()
 
 
 async def test_calls_for_one_slot_wait_for_each_other() -> None:
     guest = slot(0)
     async with lab(), network(BLOCK) as net:
         await asyncio.gather(*(call for _ in range(4) for call in (net.attach(guest, EVERYTHING), net.detach(guest))))
-        assert await net.list_present() == set()
+        assert await present(net) == set()
 
 
 async def test_manager_may_come_and_go_while_vms_run() -> None:
@@ -206,7 +203,7 @@ async def test_manager_may_come_and_go_while_vms_run() -> None:
         assert await it.tcp(guest, "203.0.113.6") == UPLINK  # in force without any manager
         assert await it.tcp(guest, "203.0.113.7") == REFUSED
         async with network(BLOCK, dns_port=upstream.port) as second:
-            assert await second.list_present() == {guest}
+            assert await present(second) == {guest}
             await second.adopt(guest, named)
             with connection:
                 connection.recv(100)
@@ -264,7 +261,7 @@ async def test_managers_side_by_side_do_not_touch_each_other() -> None:
     mine, theirs = slot(0), slot(0, OTHER_BLOCK)
     async with lab() as it, network(OTHER_BLOCK, (theirs, EVERYTHING)):
         async with network(BLOCK, (mine, policy("203.0.113.5/32"))) as net:
-            assert await net.list_present() == {mine}
+            assert await present(net) == {mine}
             assert await it.tcp(theirs, WORLD) == UPLINK
             assert await it.tcp(mine, WORLD) == REFUSED
             await net.detach(mine)
@@ -284,7 +281,7 @@ async def test_other_peoples_tables_stay() -> None:
 async def test_names_like_ours_that_no_slot_has_are_left_alone() -> None:
     async with lab(), network(BLOCK) as net:
         shell(f"ip link add rds{BLOCK}-01 type veth peer name rds{BLOCK}-x")
-        assert await net.list_present() == set()
+        assert await present(net) == set()
         shell(f"ip link del rds{BLOCK}-01")
 
 

@@ -111,7 +111,6 @@ class FakeVms:
             policy=EgressPolicy(request.outbound, request.allow_ips, request.allow_domains),
             engine=request.engine or "gvisor",
             image_id=request.image_id or "default",
-            snapshot_id=request.snapshot_id,
             name=request.name,
             labels=dict(request.labels),
             lifetime=request.lifetime,

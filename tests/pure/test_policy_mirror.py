@@ -6,7 +6,7 @@ import json
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from rundatsheesh.manager.net.mirror import Lease, VmRules, read_counters, read_listing, timed_elements
+from rundatsheesh.manager.net.mirror import Lease, VmRules, read_listing, timed_elements
 from rundatsheesh.manager.net.policy import Element
 
 
@@ -58,8 +58,3 @@ def test_expired_leases_are_dropped() -> None:
     rules = VmRules(leases={IPv4Address("1.2.3.4"): Lease(0, 10), IPv4Address("1.2.3.5"): Lease(0, 20)})
     rules.drop_expired(15)
     assert set(rules.leases) == {IPv4Address("1.2.3.5")}
-
-
-def test_counters() -> None:
-    elements = [{"elem": {"val": "rds3-7", "counter": {"packets": 5, "bytes": 300}}}]
-    assert read_counters(listing(refusals=elements), "refusals") == {"rds3-7": 5}

@@ -35,7 +35,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 async def test_a_record_comes_back_as_it_was(opened: Store) -> None:
-    record = await reserve(opened, replace(SPEC, snapshot_id="snap", name="n"))
+    record = await reserve(opened, replace(SPEC, name="n"))
     assert record.state is State.CREATING and record.started_at is None and record.slot.block == 1
     assert await opened.get(record.id) == record
     assert await opened.list() == await opened.list_all("node") == [record]

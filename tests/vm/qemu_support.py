@@ -19,8 +19,9 @@ from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines.base import VmFiles
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig, vm_user
 from rundatsheesh.manager.engines.qemu_machine import QemuMachine
+from rundatsheesh.manager.engines.templates import Templates
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, Identity
-from rundatsheesh.manager.host import mounts
+from rundatsheesh.manager.host import mounts, tap
 from rundatsheesh.manager.host.bootfiles import BootFiles
 from rundatsheesh.manager.host.cgroup_layout import find_layout
 from rundatsheesh.manager.host.cgroups import Cgroup, Cgroups
@@ -36,7 +37,6 @@ from rundatsheesh.manager.model import (
     new_vm_id,
     now,
 )
-from rundatsheesh.manager.net import kernel as net_kernel
 
 IMAGE_CACHE = Path("/var/cache/rundatsheesh")
 AGENT = Path(rundatsheesh.agent.__file__).parent
@@ -121,8 +121,7 @@ class Vm:
 
     async def prepare(self) -> None:
         await workspace.create(self.files.disk, self.record.spec.disk_mb)
-        user = vm_user(self.record.slot)
-        net_kernel.create_tap(self.record.slot.link, user, user)
+        tap.create(self.record.slot.link)
 
     async def start(self) -> QemuMachine:
         await self.prepare()
@@ -188,12 +187,26 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         path.unlink()
 
 
+def discard_all(templates: Templates) -> None:
+    """Give back the memory that they take."""
+    for key in list(templates._kept):
+        templates.discard(key)
+
+
+async def let_go(machine: QemuMachine) -> None:
+    """The guest runs on: what the end of a manager does."""
+    machine._exit.cancel()
+    await asyncio.gather(machine._exit, return_exceptions=True)
+    await machine._qmp.close()
+    machine._close_stream()
+
+
 @pytest.fixture(scope="session")
 def shared_engine(image_root: Path) -> Iterator[Qemu]:
     """One engine, so that the tests share its templates."""
     engine = Qemu(QemuConfig(lambda image_id: image_root, AGENT))
     yield engine
-    engine.templates.close()
+    discard_all(engine.templates)
 
 
 @pytest.fixture
@@ -208,7 +221,7 @@ async def new_lab(tmp_path: Path, image_root: Path) -> AsyncIterator[Lab]:
     engine = Qemu(QemuConfig(lambda image_id: image_root, AGENT))
     async with open_lab(tmp_path, engine) as opened:
         yield opened
-    engine.templates.close()
+    discard_all(engine.templates)
 
 
 @pytest.fixture

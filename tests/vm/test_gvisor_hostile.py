@@ -11,7 +11,7 @@ from gvisor_support import Lab, call
 from gvisor_support import guest_root as guest_root
 from gvisor_support import lab as lab
 
-from rundatsheesh.manager.engines import gvisor_files
+from rundatsheesh.manager.engines import runtime
 from rundatsheesh.manager.errors import EngineError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="sandboxes need root")
@@ -107,7 +107,7 @@ async def test_logs_of_a_running_guest_make_room_and_go_on(lab: Lab) -> None:
     machine = await lab.start()
     await call(machine, "head -c 1M /dev/zero | tr '\\0' x > /proc/1/fd/1")
     full = lab.files.console_log.stat().st_size
-    gvisor_files.trim_logs(lab.files)
+    runtime.trim_logs(lab.files)
     assert lab.files.console_log.stat().st_size < full
     await call(machine, "echo the end > /proc/1/fd/1")
     assert lab.files.console_log.read_bytes().endswith(b"xthe end\n")

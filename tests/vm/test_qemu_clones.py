@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from qemu_support import AGENT, Lab, Vm, image_root, lab, new_lab, open_lab, output, shared_engine
+from qemu_support import AGENT, Lab, Vm, discard_all, image_root, lab, new_lab, open_lab, output, shared_engine
 
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
 from rundatsheesh.manager.guest import Guest
@@ -132,7 +132,7 @@ async def test_a_template_is_made_anew_when_the_image_changes(tmp_path: Path, im
         await guest.close()
         await machine.stop(0)
         assert len(engine.templates) == 2
-    engine.templates.close()
+    discard_all(engine.templates)
 
 
 async def test_starts_at_the_same_time_make_one_template(new_lab: Lab) -> None:

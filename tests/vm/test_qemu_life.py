@@ -6,7 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from qemu_support import REPLY_TIMEOUT, Lab, image_root, lab, output, run, shared_engine
+from qemu_support import REPLY_TIMEOUT, Lab, image_root, lab, let_go, output, run, shared_engine
 
 from rundatsheesh.manager.engines.qemu import Qemu, vm_user
 from rundatsheesh.manager.guest import Guest
@@ -80,7 +80,7 @@ async def test_another_manager_adopts_it(lab: Lab) -> None:
     earlier, guest = await vm.open()
     await output(guest, "echo here > /tmp/file")
     await guest.close()
-    await earlier.detach()
+    await let_go(earlier)
 
     machine = await Qemu(lab.engine.config).adopt(vm.record, vm.files)
     assert machine is not None

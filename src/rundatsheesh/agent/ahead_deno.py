@@ -15,7 +15,8 @@ import socket
 import stat
 import time
 
-from .streams import USER, Streams
+from .job import USER
+from .streams import Streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

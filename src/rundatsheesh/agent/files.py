@@ -7,14 +7,13 @@ path, size, mtime in ns; the path), then the content of the files in the order o
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import stat
 import struct
 
 from .incoming import BLOCK, PipeReader, SlotReader
-from .job import CallFailed
+from .job import FULL, CallFailed
 from .paths import CHANGED, WORKSPACE, canonical
 from .tar import download
 
@@ -30,7 +29,6 @@ RECORD = struct.Struct(">cHHQq")
 PATH_MAX = 4096  # of the kernel, with the NUL at its end
 _A_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECT_FROM = 1 << 20  # bytes from which a file is worth a path of its own to the disk
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Entry:
@@ -62,7 +60,7 @@ def receive(params: dict[str, Any], reader: Reader) -> None:
     except PermissionError as error:
         raise CallFailed("path_unwritable", f"the user may not write {_show(_name_of(error))}") from None
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise CallFailed("workspace_full", "the workspace became full during the upload") from None
         if error.errno in CHANGED:
             raise CallFailed("path_conflict", f"{_show(_name_of(error))} was changed during the upload") from None

@@ -1,6 +1,8 @@
-"""What one call asks to be run, and how it can fail. Shared by everything in the agent."""
+"""What one call asks to be run, as whom, and how it can fail. Shared by everything in the agent."""
 
 from __future__ import annotations
+
+import errno
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
             """The result and the error as JSON text; called once, after the last `feed`. `stderr` is the end of it."""
 
 
+VERSION = "1"  # of the agent, as the host is told
+USER = 1000  # uid and gid of all that callers run
 CHANNEL_FD = 3  # of the process that has a channel
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the kernel says where the workspace has no room
 
 DEFAULT_ENV = {
     "HOME": "/workspace",
@@ -38,6 +43,11 @@ class CallFailed(Exception):
         self.code = code
         self.message = message
         self.details = details or {}
+
+
+def code_of(number: int | None) -> str:
+    """The code of a call that ended with this error of the kernel's."""
+    return "workspace_full" if number in FULL else "internal"
 
 
 class Command:

@@ -11,9 +11,7 @@ import _posixsubprocess
 import os
 
 from . import limits
-from .job import CHANNEL_FD, CallFailed
-
-USER = 1000
+from .job import CHANNEL_FD, USER, CallFailed
 
 UMASK = 0o022
 _REPORT = 4096  # more than execution has to say about a failure

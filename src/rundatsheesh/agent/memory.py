@@ -13,6 +13,7 @@ import threading
 import time
 
 from .console import report
+from .job import USER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
             """How many were ended so far."""
 
 
-USER = 1000
 MIB = 1 << 20
 
 # Used is what the host counts, too: anonymous memory and files in memory, which gVisor shows together as AnonPages.

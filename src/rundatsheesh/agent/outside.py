@@ -3,7 +3,7 @@ nothing but that workspace.
 
 The manager starts one helper, as root and first process of a pid, mount, network and ipc namespace of its own:
 
-    unshare --fork --kill-child --pid --net --ipc --mount python -I -S DIRECTORY --outside
+    unshare --fork --kill-child --pid --net --ipc --mount --propagation private python -I -S -B DIRECTORY --outside
 
 Descriptor 0 is a socket of packets. Each packet asks for a worker and brings its descriptors: a stream on which it
 serves one call (see line.py), a detached copy of the workspace's mount, and the `cgroup.procs` files of the groups to
@@ -18,7 +18,6 @@ calls that its work takes.
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import resource
@@ -29,7 +28,7 @@ import struct
 from . import descriptors, libc, limits, seccomp, wire
 from .console import say
 from .files import receive
-from .job import CallFailed
+from .job import USER, VERSION, CallFailed, code_of
 from .line import Gone, Line, LineReader, LineWriter
 from .paths import ALIAS, WORKSPACE
 from .tar import send
@@ -42,13 +41,12 @@ STARTED = b"+"
 FAILED = b"-"
 STREAM = 0  # the worker's stream to the manager
 
-USER = 1000
 OOM_SCORE = 800  # above that of the sandboxes: memory that is used up takes a transfer rather than a machine
 MEMORY = 512 << 20  # bytes of address space; it is 40 MB, and what a table of 65,536 names takes
 FILES = 64  # descriptors; a transfer has about five
 HELLO: dict[str, Any] = {
     "protocol": wire.PROTOCOL,
-    "agent_version": "1",
+    "agent_version": VERSION,
     "boot_id": "none",
     "engine": "outside",
     "transfer_disk": False,
@@ -57,7 +55,6 @@ HELLO: dict[str, Any] = {
 _MOST_DESCRIPTORS = 32
 _ABOVE_ALL = 4096  # of the helper's descriptors, which are a dozen
 _EMPTY_ROOT = b"/proc"  # where the new root is put together; any directory that every host has
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HARMLESS = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
 _CAPABILITY_VERSION = 0x20080522
 _LIMITS = {
@@ -206,7 +203,7 @@ def serve(line: Line) -> None:
     except CallFailed as failure:
         line.fail(failure.code, failure.message, failure.details)
     except OSError as error:
-        line.fail("workspace_full" if error.errno in _FULL else "internal", os.strerror(error.errno or 0), {})
+        line.fail(code_of(error.errno), os.strerror(error.errno or 0), {})
     except MemoryError:
         line.fail("internal", "the transfer takes more memory than it may have", {})
     else:

@@ -11,7 +11,7 @@ import socket
 import sys
 
 from . import descriptors, launch, limits
-from .job import CallFailed
+from .job import USER, CallFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def become_program(job: socket.socket, order: tuple[Any, ...], fds: list[int]) -
         _place_descriptors(fds)
         if kind == "call":
             _resolve(rest[0], rest[1])  # loaded now, for the user cannot read the agent's files
-        os.setresuid(launch.USER, launch.USER, launch.USER)  # drops every capability with it
+        os.setresuid(USER, USER, USER)  # drops every capability with it
         stage = kind
         if kind == "call":
             _call(*rest)

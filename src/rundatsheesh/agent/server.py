@@ -13,7 +13,7 @@ from .ahead import Ahead
 from .calls import Call, Cancelled, Connection
 from .console import report, say
 from .init import POWER_OFF
-from .job import CallFailed, Command
+from .job import VERSION, CallFailed, Command
 from .loop import IN, Loop
 from .memory import KernelsGuard, MemoryGuard
 from .room import Room
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from .options import Options
 
-VERSION = "1"
 _TIMED = ("clock", "configure")  # calls that tell the time
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 from . import wire
-
-USER = 1000
+from .job import USER
 
 
 class Streams:

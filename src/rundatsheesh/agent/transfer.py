@@ -3,14 +3,13 @@ user."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import threading
 
 from . import wire
 from .calls import Cancelled
-from .job import CallFailed
+from .job import CallFailed, code_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _PIPE = 1 << 18
 _MESSAGES = 4096  # bytes about slots that are passed on at once
 _DISK = "/dev/vdc"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Transfers:
@@ -167,7 +165,7 @@ def _judge(call: Call, tree: Tree) -> None:
             raise CallFailed(code, message, details)
         if stage == "call":
             number, text = evidence
-            raise CallFailed("workspace_full" if number in _FULL else "internal", text)
+            raise CallFailed(code_of(number), text)
         raise CallFailed("internal", f"{stage}: {evidence}")
     if tree.status is None or tree.status != 0:
         raise CallFailed("internal", "the transfer was killed inside the guest")

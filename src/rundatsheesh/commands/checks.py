@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
-import rundatsheesh.agent
+from rundatsheesh.manager.build import AGENT
 from rundatsheesh.manager.build.agent import ensure_agent, find_agent
 from rundatsheesh.manager.build.image import ensure_boot_files, ensure_image, find_image, wants_boot_files
 from rundatsheesh.manager.build.recipe import recipe_hash
@@ -16,8 +15,6 @@ from rundatsheesh.manager.host import doctor
 from rundatsheesh.manager.host.doctor import Check, Finding, Level, Result
 from rundatsheesh.manager.host.setup import Report, Step, host_steps
 from rundatsheesh.manager.settings import Settings
-
-AGENT = Path(rundatsheesh.agent.__file__).parent
 
 # Engine name → how to ask it whether this host can run it.
 Engines = Mapping[str, Callable[[], Availability]]

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message
 
 from rundatsheesh.manager.api import Readiness, Services, create_api
 from rundatsheesh.manager.api.protocol import HttpProtocol
+from rundatsheesh.manager.build import AGENT
 from rundatsheesh.manager.build.agent import ensure_agent, find_agent
 from rundatsheesh.manager.build.image import find_image
 from rundatsheesh.manager.disk.worker import Workers
@@ -43,7 +44,6 @@ from rundatsheesh.manager.vms_once import Creations
 
 log = logging.getLogger(__name__)
 
-AGENT = Path(__file__).parent.parent / "agent"
 # Seconds for which a thread that computes keeps the event loop waiting for its turn. By Python's own 5 ms, some threads
 # that check uploads or prepare machines make every other answer late.
 SWITCH_INTERVAL = 0.001

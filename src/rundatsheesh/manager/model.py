@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,7 +121,6 @@ class VmSpec:
     policy: EgressPolicy
     engine: str  # a concrete engine name, never "auto"
     image_id: str
-    snapshot_id: str | None = None
     name: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     lifetime: Lifetime = Lifetime()
@@ -376,3 +376,8 @@ def now() -> datetime:
 def new_vm_id() -> str:
     """`vm-` and 16 hex digits. Fixed length: runsc matches ids by prefix."""
     return "vm-" + secrets.token_hex(8)
+
+
+def machine_id(vm_id: str) -> str:
+    """32 hex digits that are the VM's own, the same at each of its starts, and do not tell its id."""
+    return hashlib.sha256(f"machine-id of {vm_id}".encode()).hexdigest()[:32]

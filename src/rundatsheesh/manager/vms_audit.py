@@ -15,8 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rundatsheesh.manager.host import loops, mounts
-from rundatsheesh.manager.host.cgroup_layout import find_layout
+from rundatsheesh.manager.host import cgroups, loops, mounts
 from rundatsheesh.manager.host.cgroups import Cgroups
 from rundatsheesh.manager.model import Leak, LeakKind, State, VmRecord
 from rundatsheesh.manager.net import Network
@@ -55,7 +54,7 @@ class Site:
 
     @property
     def cgroups(self) -> Cgroups:
-        return Cgroups(find_layout(), f"rundatsheesh-{self.node.id}")
+        return cgroups.of_node(self.node.id)
 
     def owner_of(self, path: Path) -> str | None:
         """The VM in whose directory, of storage or of runtime, a path lies."""

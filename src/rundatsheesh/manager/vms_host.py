@@ -16,7 +16,7 @@ from rundatsheesh.manager.engines.base import Engine, VmFiles
 from rundatsheesh.manager.errors import HostError, InvalidInput, NetworkError, Unavailable
 from rundatsheesh.manager.guest import ExecRequest, Identity, ScriptRequest
 from rundatsheesh.manager.host.threads import in_thread
-from rundatsheesh.manager.model import GATEWAY, Isolation, VmRecord
+from rundatsheesh.manager.model import GATEWAY, Isolation, VmRecord, machine_id
 from rundatsheesh.manager.net import Network
 from rundatsheesh.manager.vms_layout import Layout, Node
 from rundatsheesh.manager.vms_running import ADOPT_TIMEOUT, CONNECT_TIMEOUT, OnEnd, RunningVm
@@ -146,7 +146,7 @@ def _identity(record: VmRecord, *, mount_workspace: bool) -> Identity:
         guest_ip=str(record.slot.guest_ip),
         mac=record.slot.guest_mac,
         gateway=str(GATEWAY),
-        machine_id=uuid.uuid5(uuid.NAMESPACE_OID, record.id).hex,
+        machine_id=machine_id(record.id),
         entropy=secrets.token_bytes(64),
         mount_workspace=mount_workspace,
         boot_id=uuid.uuid4().hex,

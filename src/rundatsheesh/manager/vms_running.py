@@ -39,7 +39,8 @@ OnEnd = Callable[["RunningVm", str], Awaitable[None]]  # the VM and the reason
 
 
 class RunningVm:
-    """Make it with `open`. `on_end` is called once if the guest ends without having been asked to."""
+    """Make it with `open`. `on_end` is called once if the guest ends without having been asked to. It may be cut off by
+    `detach`, so what must not be runs in a task of its own."""
 
     def __init__(self, record: VmRecord, engine: Engine, machine: Machine, guest: Guest, on_end: OnEnd) -> None:
         self.record = record
@@ -97,7 +98,7 @@ class RunningVm:
             self._idle_from = time.monotonic()
 
     async def wait_concluded(self) -> None:
-        """Return once whoever had to know of the guest's end has dealt with it."""
+        """Return once whoever had to know of the guest's end has dealt with it, or holds the VM to do so."""
         await self._concluded.wait()
 
     @asynccontextmanager
@@ -150,16 +151,14 @@ class RunningVm:
         """Let go of the guest without ending it: it runs on, awake, for the next manager. Idempotent."""
         self._expected = True
         self._hold_freeze()
-        current = asyncio.current_task()
-        tasks = [task for task in self._tasks if task is not current]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._guest.close()
         if not self._exit.done():
             self._exit.set_result(self._verdict or "detached")
-        if current not in self._tasks:  # else the watch is about to say so itself, after its work
-            self._concluded.set()
+        self._concluded.set()
 
     async def _watch_machine(self) -> None:
         """Notice the first end, of the machine or of its channel, and tell."""

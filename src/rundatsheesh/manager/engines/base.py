@@ -20,8 +20,6 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 class Capability(StrEnum):
     FREEZE = "freeze"  # an idle guest can be frozen and thawed in about a millisecond
-    PAUSE = "pause"
-    MEMORY_SNAPSHOT = "memory_snapshot"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,13 @@ from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines import gvisor_channel, gvisor_files
 from rundatsheesh.manager.engines.base import Availability, Capability, VmFiles
 from rundatsheesh.manager.engines.gvisor_files import SandboxFiles
-from rundatsheesh.manager.engines.gvisor_machine import GVisorMachine, evidence, find_processes
+from rundatsheesh.manager.engines.gvisor_machine import GVisorMachine, find_processes
+from rundatsheesh.manager.engines.runtime import cgroup_of
 from rundatsheesh.manager.errors import EngineError, HostError
 from rundatsheesh.manager.host import process, tools
-from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
-from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Cgroups, Limits
+from rundatsheesh.manager.host.cgroup_layout import find_layout
+from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Limits
+from rundatsheesh.manager.host.namespaces import NETNS_DIRECTORY
 from rundatsheesh.manager.host.process import Child
 from rundatsheesh.manager.host.threads import in_thread, opened_in_thread
 from rundatsheesh.manager.model import Isolation, VmRecord
@@ -73,7 +75,6 @@ class GVisor:
     isolation: Isolation = field(default=Isolation.APPLICATION_KERNEL, init=False)
     capabilities: frozenset[Capability] = field(default=frozenset({Capability.FREEZE}), init=False)
     link: Literal["veth", "tap"] = field(default="veth", init=False)
-    _layout: Layout | None = field(default=None, init=False)
     _versions: dict[tuple[Path, int], tuple[int, int]] = field(default_factory=dict, init=False)
 
     def available(self) -> Availability:
@@ -95,12 +96,12 @@ class GVisor:
             if isinstance(error, OSError):
                 raise EngineError(f"cannot start {record.id}: {error}") from error
             if isinstance(error, EngineError):
-                error.details["log"] = evidence(files)
+                error.details["log"] = gvisor_files.evidence(files)
             raise
 
     async def adopt(self, record: VmRecord, files: VmFiles) -> GVisorMachine | None:
         """As promised by Engine. A guest that was frozen runs again."""
-        cgroup = self._cgroup(record)
+        cgroup = cgroup_of(record)
         processes, members = await in_thread(lambda: (gvisor_files.read_processes(files), cgroup.pids()))
         if not processes or not all(p.pid in members and p.alive() for p in processes):
             return None
@@ -108,14 +109,14 @@ class GVisor:
         return GVisorMachine(files, cgroup, processes, None)
 
     async def release(self, record: VmRecord, files: VmFiles) -> None:
-        cgroup = self._cgroup(record)
+        cgroup = cgroup_of(record)
         await in_thread(cgroup.kill)
         await in_thread(gvisor_files.remove, files)
         await workspace.unmount(files.workspace)
         await in_thread(cgroup.remove)
 
     async def _start(self, record: VmRecord, files: VmFiles) -> GVisorMachine:
-        cgroup = self._cgroup(record)
+        cgroup = cgroup_of(record)
         # The guest's machine is as large as the limit that runsc finds at its start, so its overhead is added later.
         limits = Limits(record.spec.cpu, record.spec.mem_mb * MIB, PIDS_MAX)
         await in_thread(cgroup.create, limits)
@@ -146,7 +147,7 @@ class GVisor:
                 device=Path("/dev/kvm") if platform == "kvm" else None,
             )
         )
-        netns = gvisor_files.NETNS_DIRECTORY / record.slot.netns
+        netns = NETNS_DIRECTORY / record.slot.netns
         runsc = [gvisor_files.RUNSC, f"--root={gvisor_files.STATE}", f"--log={gvisor_files.ENGINE_LOG}"]
         runsc += [f"--platform={platform}", *RUNSC_FLAGS, "run", f"--bundle={gvisor_files.BUNDLE}", record.id]
         argv = cgroup.entering(["nsenter", f"--mount=/proc/self/fd/{tree}", f"--net={netns}", "--", *runsc])
@@ -158,11 +159,6 @@ class GVisor:
                 os.close(console)
         finally:
             os.close(tree)
-
-    def _cgroup(self, record: VmRecord) -> Cgroup:
-        if self._layout is None:
-            self._layout = find_layout()
-        return Cgroups(self._layout, f"rundatsheesh-{record.node_id}").group(record.id)
 
     def _runsc(self) -> Path:
         found = tools.find_runsc(self.config.image_cache) or tools.find_tool("runsc")

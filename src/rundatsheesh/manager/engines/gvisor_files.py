@@ -1,13 +1,12 @@
 """The files of one sandbox, and the small file tree that is all of the host that runsc gets to see.
 
-    <runtime>/             a tmpfs of its own: bounded in bytes and files, and gone with one unmount
-    ├── machine.json       the sandbox's processes, for the manager that comes after us
+    <runtime>/             see runtime.py
+    ├── machine.json       the processes of the sandbox, runsc itself first
     ├── bundle/config.json
     ├── etc/               identity files of the guest
     ├── state/             runsc's
     ├── channel/           the guest's /run/agent, which the guest's root may write to
-    ├── console.log        what the agent and runsc wrote; STORAGE_ROOT links to it while the guest runs
-    ├── engine.log
+    ├── console.log        what the agent and runsc wrote
     └── root/              root of runsc's mount namespace: empty directories to bind onto
 
 The guest can make three things grow without asking: the logs, files in the channel, and runsc's state. All are in the
@@ -17,18 +16,17 @@ tmpfs, so the kernel bounds them whether a manager runs or not; a guest that fil
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rundatsheesh.manager.engines import logs, oci
+from rundatsheesh.manager.engines import oci, runtime
 from rundatsheesh.manager.engines.base import VmFiles
+from rundatsheesh.manager.engines.runtime import RuntimeFiles
 from rundatsheesh.manager.host import mounts
 from rundatsheesh.manager.host.mounts import Bind, Flag
+from rundatsheesh.manager.host.namespaces import NETNS_DIRECTORY
 from rundatsheesh.manager.host.process import ProcessRef
 from rundatsheesh.manager.model import VmRecord
-
-TMPFS_OPTIONS = "size=2m,nr_inodes=256,mode=0700"
 
 SOURCES = oci.Sources(
     image="/image",
@@ -42,15 +40,11 @@ RUNSC = "/bin/runsc"
 BUNDLE = "/vm/bundle"
 STATE = "/vm/state"
 ENGINE_LOG = "/vm/engine.log"
-NETNS_DIRECTORY = Path("/run/netns")
+CONSOLE_EVIDENCE = 2000  # bytes of the log's end
 
 
 @dataclass(frozen=True, slots=True)
-class SandboxFiles:
-    """Paths on the host, derived from the runtime directory; nothing is created by asking."""
-
-    runtime: Path
-
+class SandboxFiles(RuntimeFiles):
     @property
     def channel(self) -> Path:
         return self.runtime / "channel"
@@ -59,27 +53,10 @@ class SandboxFiles:
     def socket(self) -> Path:
         return self.channel / "agent.sock"
 
-    @property
-    def console(self) -> Path:
-        return self.runtime / "console.log"
-
-    @property
-    def engine(self) -> Path:
-        return self.runtime / "engine.log"
-
-    @property
-    def root(self) -> Path:
-        return self.runtime / "root"
-
-    @property
-    def processes(self) -> Path:
-        return self.runtime / "machine.json"
-
 
 def prepare(record: VmRecord, files: VmFiles, cgroup: str) -> None:
     """Mount the runtime directory and fill it with all that runsc needs to start. Raises OSError."""
-    files.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-    mounts.mount("rundatsheesh", files.runtime, "tmpfs", Flag.NOSUID | Flag.NODEV | Flag.NOEXEC, TMPFS_OPTIONS)
+    runtime.prepare(files, Flag.NOSUID | Flag.NODEV | Flag.NOEXEC)
     for name in ("bundle", "etc", "state", "channel"):
         (files.runtime / name).mkdir(mode=0o700)
     config = oci.configuration(
@@ -90,8 +67,6 @@ def prepare(record: VmRecord, files: VmFiles, cgroup: str) -> None:
         (files.runtime / "etc" / name).write_text(text)
         (files.runtime / "etc" / name).chmod(0o644)
     _make_root(SandboxFiles(files.runtime).root)
-    for kept, live in _logs(files):
-        logs.open_log(kept, live)
 
 
 def private_tree(
@@ -122,40 +97,23 @@ def private_tree(
 def remove(files: VmFiles) -> None:
     """Keep the logs, then remove the runtime directory with all that is in it. Idempotent; the sandbox's processes must
     be gone."""
-    for kept, live in _logs(files):
-        logs.settle_log(kept, live)
-    mounts.unmount_all(files.runtime)
-    if files.runtime.is_dir():
-        shutil.rmtree(files.runtime)
-
-
-def trim_logs(files: VmFiles) -> None:
-    """Make room in the logs of a running guest, which are bounded anyway, so that they go on with what is new."""
-    for _, live in _logs(files):
-        logs.trim_log(live)
+    runtime.keep_logs(files)
+    runtime.remove(files)
 
 
 def write_processes(files: VmFiles, processes: list[ProcessRef]) -> None:
     """Note the sandbox's processes, runsc itself first. Complete or not at all."""
-    path = SandboxFiles(files.runtime).processes
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps([[p.pid, p.start_time] for p in processes]))
-    new.rename(path)
+    runtime.write_note(files, [[p.pid, p.start_time] for p in processes])
 
 
 def read_processes(files: VmFiles) -> list[ProcessRef]:
     """What write_processes noted; empty when nothing was."""
-    try:
-        noted = json.loads(SandboxFiles(files.runtime).processes.read_text())
-    except FileNotFoundError:
-        return []
-    return [ProcessRef(pid, start_time) for pid, start_time in noted]
+    return [ProcessRef(pid, start_time) for pid, start_time in runtime.read_note(files) or ()]
 
 
-def _logs(files: VmFiles) -> list[tuple[Path, Path]]:
-    """Each log where it is looked for, and where it is written while the guest runs."""
-    sandbox = SandboxFiles(files.runtime)
-    return [(files.console_log, sandbox.console), (files.engine_log, sandbox.engine)]
+def evidence(files: VmFiles) -> str:
+    """The end of both logs."""
+    return runtime.evidence(files, CONSOLE_EVIDENCE)
 
 
 def _make_root(root: Path) -> None:

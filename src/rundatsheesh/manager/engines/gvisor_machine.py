@@ -11,7 +11,7 @@ from rundatsheesh.manager.disk.worker import WorkPlace
 from rundatsheesh.manager.engines import gvisor_channel, gvisor_files
 from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
 from rundatsheesh.manager.engines.gvisor_files import SandboxFiles
-from rundatsheesh.manager.engines.logs import TRIM_INTERVAL, read_tail
+from rundatsheesh.manager.engines.runtime import GroupedMachine
 from rundatsheesh.manager.errors import EngineError
 from rundatsheesh.manager.host.cgroups import Cgroup
 from rundatsheesh.manager.host.process import Child, ProcessRef
@@ -19,12 +19,11 @@ from rundatsheesh.manager.host.threads import in_thread
 
 CONNECT_TIMEOUT = 10.0  # seconds, for a guest whose agent listens already
 AFTERMATH_TIMEOUT = 2.0  # for runsc to notice that its sandbox ended, and to tell the exit status
-EVIDENCE_BYTES = 4000
 SIGNALLED = 128  # exit statuses above it name a signal
 
 
-class GVisorMachine:
-    """Implements engines.base.Machine. Make one only for a sandbox that runs; it watches from then on."""
+class GVisorMachine(GroupedMachine):
+    """Implements engines.base.Machine."""
 
     def __init__(
         self,
@@ -34,16 +33,9 @@ class GVisorMachine:
         child: Child | None,
         stream: Stream | None = None,
     ) -> None:
-        self._files = files
-        self._sandbox = SandboxFiles(files.runtime)
-        self._cgroup = cgroup
+        super().__init__(files, cgroup, child, stream)
         self._runsc = processes[0]
         self._processes = tuple(processes)
-        self._child = child  # None when an earlier manager started it: then the exit status is not ours to read
-        self._stream = stream  # to the agent, for the first who connects
-        self._stopping = False
-        self._freezing = asyncio.Lock()
-        self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
 
     @property
     def transfer_disk(self) -> None:
@@ -63,13 +55,10 @@ class GVisorMachine:
         if stream is not None:
             return stream
         try:
-            return await gvisor_channel.connect(self._sandbox.socket, self.wait, CONNECT_TIMEOUT)
+            return await gvisor_channel.connect(SandboxFiles(self._files.runtime).socket, self.wait, CONNECT_TIMEOUT)
         except EngineError as error:
-            error.details["log"] = evidence(self._files)
+            error.details["log"] = gvisor_files.evidence(self._files)
             raise
-
-    async def wait(self) -> Exit:
-        return await asyncio.shield(self._exit)
 
     async def stop(self, grace: float) -> None:
         """As promised by Machine, but at once: a sandbox has no power button. Who wants the guest's processes to end in
@@ -78,39 +67,16 @@ class GVisorMachine:
         await in_thread(self._cgroup.kill)
         await self.wait()
 
-    async def freeze(self) -> None:
-        """As promised by Machine; raises EngineError when the guest has ended."""
-        async with self._freezing:
-            try:
-                await in_thread(self._cgroup.freeze)
-            except OSError as error:
-                raise EngineError(f"cannot freeze {self._cgroup.name}: {error}") from error
-
-    async def thaw(self) -> None:
-        async with self._freezing:
-            await in_thread(self._cgroup.thaw)
-
     async def _watch(self) -> Exit:
-        """Notice the first end among the sandbox's processes, see to it that nothing of it is left, and say why."""
-        await self._first_end()
-        if self._stream is not None:
-            self._stream[1].close()
-            self._stream = None
+        await self._until(gvisor_channel.first_of([process.wait() for process in self._processes], None))
+        self._close_stream()
         await self.thaw()  # a frozen runsc could not tell us anything
         await gvisor_channel.first_of([self._runsc.wait()], AFTERMATH_TIMEOUT)
         crashed = self._runsc.alive()
         await in_thread(self._cgroup.kill)
         await asyncio.gather(*(process.wait() for process in self._processes))
         status = await self._child.wait() if self._child is not None else None
-        return Exit(self._reason(status, crashed), status, evidence(self._files))
-
-    async def _first_end(self) -> None:
-        end = asyncio.ensure_future(gvisor_channel.first_of([process.wait() for process in self._processes], None))
-        try:
-            while not (await asyncio.wait([end], timeout=TRIM_INTERVAL))[0]:
-                await in_thread(gvisor_files.trim_logs, self._files)
-        finally:
-            end.cancel()
+        return Exit(self._reason(status, crashed), status, gvisor_files.evidence(self._files))
 
     def _reason(self, status: int | None, crashed: bool) -> str:
         if self._stopping:
@@ -125,12 +91,6 @@ class GVisorMachine:
 def find_processes(runsc: ProcessRef, cgroup: Cgroup) -> list[ProcessRef]:
     """runsc and those that it started itself, the sandbox and the gofer; the others of the group are the sandbox's."""
     return [runsc, *(ref for ref in map(_reference, cgroup.pids()) if ref and _parent(ref.pid) == runsc.pid)]
-
-
-def evidence(files: VmFiles) -> str:
-    """The end of both logs."""
-    logs = [read_tail(path, EVIDENCE_BYTES // 2) for path in (files.engine_log, files.console_log)]
-    return b"\n".join(log.strip() for log in logs if log.strip()).decode(errors="replace")
 
 
 def _reference(pid: int) -> ProcessRef | None:

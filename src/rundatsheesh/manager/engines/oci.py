@@ -5,12 +5,11 @@ Paths of sources are those of the private mount namespace in which runsc runs, s
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
-from rundatsheesh.manager.model import GATEWAY, WORKSPACE
+from rundatsheesh.manager.model import GATEWAY, WORKSPACE, machine_id
 
 AGENT_ARGV = ("/usr/bin/python3", "-I", "-S", "/opt/rds/agent/__main__.py", "--engine", "gvisor")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -67,11 +66,6 @@ def identity_files(vm_id: str, guest_ip: IPv4Address) -> dict[str, str]:
         "resolv.conf": f"nameserver {GATEWAY}\n",
         "machine-id": f"{machine_id(vm_id)}\n",
     }
-
-
-def machine_id(vm_id: str) -> str:
-    """32 hex digits that are the VM's own, the same at each of its starts, and do not tell its id."""
-    return hashlib.sha256(f"machine-id of {vm_id}".encode()).hexdigest()[:32]
 
 
 def _agent_process(cpu: int) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from rundatsheesh.manager.engines.qemu_args import Accelerator, Boot, Clone, Des
 from rundatsheesh.manager.engines.qemu_files import MachineFiles
 from rundatsheesh.manager.engines.qemu_machine import QemuMachine
 from rundatsheesh.manager.engines.qmp import Qmp
+from rundatsheesh.manager.engines.runtime import cgroup_of
 from rundatsheesh.manager.engines.templates import Key, Template, Templates
 from rundatsheesh.manager.errors import EngineError, HostError
 from rundatsheesh.manager.host import memfile, process, tap, tools, tsc
 from rundatsheesh.manager.host.bootfiles import BootFiles
-from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
-from rundatsheesh.manager.host.cgroups import MIB, Cgroup, Cgroups, Limits
+from rundatsheesh.manager.host.cgroup_layout import find_layout
+from rundatsheesh.manager.host.cgroups import MIB, Limits
 from rundatsheesh.manager.host.doctor import usable_kvm
 from rundatsheesh.manager.host.process import Child
 from rundatsheesh.manager.host.threads import in_thread, opened_in_thread
@@ -70,7 +71,6 @@ class Qemu:
     # VMs whose disk is the copy of a template's and was not in use since, until they are started.
     _fresh: dict[str, Template] = field(default_factory=dict, init=False)
     _accelerator: Accelerator | None = field(default=None, init=False)
-    _layout: Layout | None = field(default=None, init=False)
     _agent: qemu_boot.Agent | None = field(default=None, init=False)
 
     @property
@@ -116,7 +116,7 @@ class Qemu:
 
     async def adopt(self, record: VmRecord, files: VmFiles) -> QemuMachine | None:
         """As promised by Engine. A guest that was frozen runs again."""
-        cgroup = self._cgroup(record)
+        cgroup = cgroup_of(record)
         found, members = await in_thread(lambda: (qemu_files.read_process(files), cgroup.pids()))
         if found is None or found.pid not in members or not found.alive():
             return None
@@ -126,7 +126,7 @@ class Qemu:
 
     async def release(self, record: VmRecord, files: VmFiles) -> None:
         self._fresh.pop(record.id, None)
-        cgroup = self._cgroup(record)
+        cgroup = cgroup_of(record)
         await in_thread(cgroup.kill)
         await in_thread(qemu_files.remove, files)
         await in_thread(cgroup.remove)
@@ -166,7 +166,7 @@ class Qemu:
             stream[1].close()
             await qmp.close()
             raise
-        return QemuMachine(files, self._cgroup(record), child.ref, child, qmp, stream, has_workspace=is_fresh)
+        return QemuMachine(files, cgroup_of(record), child.ref, child, qmp, stream, has_workspace=is_fresh)
 
     async def _make_template(self, record: VmRecord, files: VmFiles) -> Template:
         try:
@@ -230,7 +230,7 @@ class Qemu:
     ) -> Child:
         """`disks`: the VM's own, and the fresh one."""
         hardware = self._hardware(record)
-        cgroup = self._cgroup(record)
+        cgroup = cgroup_of(record)
         # The guest cannot use more than its CPUs, each a thread. Devices are one more; with less both would be stopped
         # for the rest of each period when they work at the same time, as they do at a start.
         limits = Limits(hardware.cpu + 1, (hardware.mem_mb + OVERHEAD_MB[hardware.accelerator]) * MIB, PIDS_MAX)
@@ -289,11 +289,6 @@ class Qemu:
         if self._agent is None:
             self._agent = qemu_boot.Agent(self.config.agent)
         return self._agent
-
-    def _cgroup(self, record: VmRecord) -> Cgroup:
-        if self._layout is None:
-            self._layout = find_layout()
-        return Cgroups(self._layout, f"rundatsheesh-{record.node_id}").group(record.id)
 
     def _look(self) -> Availability:
         """Raises HostError or OSError for what is missing."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rundatsheesh.manager.engines import qemu_files
 from rundatsheesh.manager.engines.base import Exit, Stream, VmFiles
-from rundatsheesh.manager.engines.logs import TRIM_INTERVAL
 from rundatsheesh.manager.engines.qemu_files import MachineFiles
 from rundatsheesh.manager.engines.qmp import Qmp
+from rundatsheesh.manager.engines.runtime import GroupedMachine
 from rundatsheesh.manager.errors import EngineError
 from rundatsheesh.manager.host.cgroups import Cgroup
 from rundatsheesh.manager.host.process import Child, ProcessRef
@@ -22,8 +22,8 @@ QUIT_TIMEOUT = 5.0  # for QEMU to write out its disk
 _PANIC = re.compile(r"Kernel panic - not syncing: (.*)")
 
 
-class QemuMachine:
-    """Implements engines.base.Machine. Make one only for a machine that runs; it watches from then on."""
+class QemuMachine(GroupedMachine):
+    """Implements engines.base.Machine."""
 
     def __init__(
         self,
@@ -36,16 +36,10 @@ class QemuMachine:
         *,
         has_workspace: bool = False,
     ) -> None:
-        self._files = files
-        self._cgroup = cgroup
+        super().__init__(files, cgroup, child, stream)
         self._process = process
-        self._child = child  # None when an earlier manager started it: then the exit status is not ours to read
         self._qmp = qmp
-        self._stream = stream  # to the agent, for the first who connects
         self.has_workspace = has_workspace
-        self._stopping = False
-        self._freezing = asyncio.Lock()
-        self._exit = asyncio.create_task(self._watch(), name=f"watch {cgroup.name}")
 
     @property
     def transfer_disk(self) -> Path | None:
@@ -67,9 +61,6 @@ class QemuMachine:
             evidence = await in_thread(qemu_files.evidence, self._files)
             raise EngineError(f"cannot reach the guest: {error}", details={"log": evidence}) from error
 
-    async def wait(self) -> Exit:
-        return await asyncio.shield(self._exit)
-
     async def stop(self, grace: float) -> None:
         """Give the guest `grace` seconds to switch itself off, then end it. The agent is the guest's only power button,
         so whoever wants a shutdown in good order has asked it before; otherwise what the guest has not synced is lost.
@@ -84,37 +75,12 @@ class QemuMachine:
             await in_thread(self._cgroup.kill)
         await self.wait()
 
-    async def freeze(self) -> None:
-        """As promised by Machine; raises EngineError when the guest has ended."""
-        async with self._freezing:
-            try:
-                await in_thread(self._cgroup.freeze)
-            except OSError as error:
-                raise EngineError(f"cannot freeze {self._cgroup.name}: {error}") from error
-
-    async def thaw(self) -> None:
-        async with self._freezing:
-            await in_thread(self._cgroup.thaw)
-
-    async def detach(self) -> None:
-        """Let go of the guest, which runs on: what the end of the manager does."""
-        self._exit.cancel()
-        await asyncio.gather(self._exit, return_exceptions=True)
-        await self._qmp.close()
-        self._close_stream()
-
-    def _close_stream(self) -> None:
-        if self._stream is not None:
-            self._stream[1].close()
-            self._stream = None
-
     async def _ends_within(self, seconds: float) -> bool:
         done, _ = await asyncio.wait([self._exit], timeout=seconds)
         return bool(done)
 
     async def _watch(self) -> Exit:
-        """Notice QEMU's end, see to it that nothing of it is left, and say why."""
-        await self._process_end()
+        await self._until(self._process.wait())
         last_words = asyncio.create_task(self._qmp.wait_closed())
         await asyncio.wait([last_words], timeout=LAST_WORDS_TIMEOUT)
         await self._qmp.close()
@@ -125,14 +91,6 @@ class QemuMachine:
         evidence = await in_thread(qemu_files.evidence, self._files)
         reason = self._reason(evidence)
         return Exit(reason, status, evidence)
-
-    async def _process_end(self) -> None:
-        ended = asyncio.ensure_future(self._process.wait())
-        try:
-            while not (await asyncio.wait([ended], timeout=TRIM_INTERVAL))[0]:
-                await in_thread(qemu_files.trim_logs, self._files)
-        finally:
-            ended.cancel()
 
     def _reason(self, evidence: str) -> str:
         if self._stopping:

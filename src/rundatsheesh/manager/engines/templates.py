@@ -97,10 +97,6 @@ class Templates:
         if template is not None:
             template.close()
 
-    def close(self) -> None:
-        for key in list(self._kept):
-            self.discard(key)
-
     def _shrink(self) -> None:
         while len(self._kept) > self._limit:
             self.discard(next(iter(self._kept)))

@@ -23,11 +23,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from rundatsheesh.manager.errors import HostError
-from rundatsheesh.manager.host.cgroup_layout import Layout
+from rundatsheesh.manager.host.cgroup_layout import Layout, find_layout
 
 CPU_PERIOD_US = 100_000
 OOM_SCORE = 500
@@ -70,6 +70,12 @@ class Cgroups:
         return {
             entry.name for mount in self.layout.every_mount for entry in _entries(mount / self.parent) if entry.is_dir()
         }
+
+
+@cache
+def of_node(node_id: str) -> Cgroups:
+    """All groups of the manager with this id, on this host. Raises HostError where it has not what they need."""
+    return Cgroups(find_layout(), f"rundatsheesh-{node_id}")
 
 
 class Cgroup:
@@ -157,12 +163,6 @@ class Cgroup:
         except OSError as error:
             if error.errno not in _ABSENT:
                 raise
-
-    def is_frozen(self) -> bool:
-        """Whether freezing was asked for."""
-        if self._v2 is not None:
-            return (self._v2 / "cgroup.freeze").read_text().strip() == "1"
-        return (self._freezer() / "freezer.state").read_text().strip() != "THAWED"
 
     def kill(self) -> None:
         """Kill every process of the group, frozen ones too; returns when it is empty or does not exist. Raises

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 from pathlib import Path
 from types import TracebackType
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from rundatsheesh.manager.host.libc import check, failure, libc
+
 _IN_MOVED_TO = 0x80
 _IN_CREATE = 0x100
 _READ_SIZE = 64 << 10
@@ -25,12 +25,12 @@ class NewEntries:
         self._changed = asyncio.Event()
 
     def __enter__(self) -> NewEntries:
-        self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd < 0:
-            raise _os_error(self._directory)
-        if _libc.inotify_add_watch(self._fd, os.fsencode(self._directory), _IN_CREATE | _IN_MOVED_TO) < 0:
+        self._fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        check(self._fd, self._directory)
+        if libc.inotify_add_watch(self._fd, os.fsencode(self._directory), _IN_CREATE | _IN_MOVED_TO) < 0:
+            error = failure(self._directory)
             os.close(self._fd)
-            raise _os_error(self._directory)
+            raise error
         asyncio.get_running_loop().add_reader(self._fd, self._on_events)
         return self
 
@@ -47,8 +47,3 @@ class NewEntries:
     def _on_events(self) -> None:
         os.read(self._fd, _READ_SIZE)
         self._changed.set()
-
-
-def _os_error(path: Path) -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number), str(path))

@@ -9,15 +9,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_CLONE_NEWNS = 0x00020000
+from rundatsheesh.manager.host import namespaces
+from rundatsheesh.manager.host.libc import check, failure, libc
+from rundatsheesh.manager.host.namespaces import Kind
+
 _MNT_DETACH = 2
 _SYS_OPEN_TREE = 428  # on every architecture; not every C library has a name for it
 _AT_FDCWD = -100
@@ -38,6 +39,7 @@ class Flag(IntFlag):
     BIND = 4096
     RECURSIVE = 16384
     PRIVATE = 1 << 18
+    SHARED = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,10 @@ class Bind:
 
 def mount(source: str, target: Path, fstype: str = "", flags: Flag = Flag.NONE, data: str = "") -> None:
     """mount(2); raises OSError that names the target."""
-    result = _libc.mount(
+    result = libc.mount(
         source.encode(), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None
     )
-    _check(result, target)
+    check(result, target)
 
 
 def clone(target: Path) -> int:
@@ -74,20 +76,20 @@ def clone(target: Path) -> int:
     unless somebody moves it to a place first (open_tree(2), Linux 5.2). Raises OSError."""
     path = ctypes.c_char_p(os.fsencode(target))
     flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
-    fd: int = _libc.syscall(ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(_AT_FDCWD), path, flags)
-    _check(min(fd, 0), target)
+    fd: int = libc.syscall(ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(_AT_FDCWD), path, flags)
+    check(fd, target)
     return fd
 
 
-def unmount(target: Path) -> bool:
+def unmount(target: Path, *, lazy: bool = False) -> bool:
     """Unmount the topmost mount at the target; False when nothing is mounted there. Raises OSError(EBUSY) while a
-    process uses it."""
-    if _libc.umount2(os.fsencode(target), 0) == 0:
+    process uses it, unless it is `lazy`: then that process keeps it."""
+    if libc.umount2(os.fsencode(target), _MNT_DETACH if lazy else 0) == 0:
         return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOENT):  # not a mount point; no such path
+    error = failure(target)
+    if error.errno in (errno.EINVAL, errno.ENOENT):  # not a mount point; no such path
         return False
-    raise OSError(number, os.strerror(number), str(target))
+    raise error
 
 
 def unmount_all(target: Path) -> None:
@@ -128,21 +130,7 @@ def private_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str] =
     namespace (for setns), which lives as long as the descriptor or a process in it. Raises OSError. Because nothing
     else is mounted in it, it keeps no other file system of the host busy.
     """
-    result: list[int | BaseException] = []
-
-    def build() -> None:
-        try:
-            result.append(_build_namespace(root, binds, hidden))
-        except BaseException as error:  # handed to the caller below, whatever it is
-            result.append(error)
-
-    # unshare(CLONE_NEWNS) moves only the calling thread, which therefore must be one that ends here.
-    thread = threading.Thread(target=build, name="private-namespace")
-    thread.start()
-    thread.join()
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
+    return namespaces.in_thread_of_its_own(lambda: _build_namespace(root, binds, hidden))
 
 
 def _build_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str]) -> int:
@@ -156,7 +144,7 @@ def _build_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str]) -
 
 
 def _move_into_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str]) -> None:
-    _check(_libc.unshare(_CLONE_NEWNS), root)
+    namespaces.enter_new(Kind.MOUNT)
     mount("none", Path("/"), flags=Flag.RECURSIVE | Flag.PRIVATE)
     mount(str(root), root, flags=Flag.BIND)
     for bind in binds:
@@ -168,8 +156,8 @@ def _move_into_namespace(root: Path, binds: Sequence[Bind], hidden: Sequence[str
         mount("none", root / name, "tmpfs", Flag.READ_ONLY | Flag.NOSUID | Flag.NODEV | Flag.NOEXEC, "size=4k")
     # With "." twice the old root is stacked on the new one, from where it is taken off: pivot_root(2), NOTES.
     os.chdir(root)
-    _check(_libc.pivot_root(b".", b"."), root)
-    _check(_libc.umount2(b".", _MNT_DETACH), root)
+    check(libc.pivot_root(b".", b"."), root)
+    check(libc.umount2(b".", _MNT_DETACH), root)
 
 
 def _parse_line(line: str) -> Mounted:
@@ -189,9 +177,3 @@ def _unescape(text: str) -> str:
     for code in ("\\040", "\\011", "\\012", "\\134"):
         text = text.replace(code, chr(int(code[1:], 8)))
     return text
-
-
-def _check(result: int, target: Path) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(target))

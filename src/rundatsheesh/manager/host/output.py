@@ -16,8 +16,8 @@ class OutputOverflow(Exception):
 class Collector:
     """Reads one pipe to its end, keeping at most `limit` bytes.
 
-    Not through the event loop's pipe transport: uvloop's closes the descriptor twice, and between the two a thread may
-    have been given the same number for a file of its own.
+    Not through a transport of the event loop, which must be awaited before it reads, and closes its descriptor in a
+    later turn of the loop. So nothing is awaited before the command runs, and what is closed is closed.
     """
 
     def __init__(self, source: IO[bytes], limit: int, *, keep_tail: bool) -> None:

@@ -1,4 +1,4 @@
-"""Opening a tap that exists: the end of a guest's wire that is held by the process which plays the guest's machine."""
+"""Taps: the end of a guest's wire that is held by the process which plays the guest's machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from pathlib import Path
 
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_PERSIST = 0x0002, 0x1000, 0x4000, 0x0800
 _TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
+_TUNSETPERSIST, _TUNSETOWNER, _TUNSETGROUP = 0x400454CB, 0x400454CC, 0x400454CE
 _REQUEST = "16sH22x"  # struct ifreq
+
+
+def create(name: str) -> None:
+    """Make a persistent tap that root may open, in the calling thread's network namespace. Idempotent."""
+    with _opened(name) as device:
+        fcntl.ioctl(device, _TUNSETOWNER, 0)  # without an owner and a group, anybody may open it
+        fcntl.ioctl(device, _TUNSETGROUP, 0)
+        fcntl.ioctl(device, _TUNSETPERSIST, 1)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rundatsheesh.manager.errors import NetworkError
 from rundatsheesh.manager.host.process import ProcessError, run
 from rundatsheesh.manager.model import EgressPolicy, Slot
 from rundatsheesh.manager.net import policy as rules
-from rundatsheesh.manager.net.mirror import Lease, VmRules, lease_elements, read_counters, read_listing, timed_elements
+from rundatsheesh.manager.net.mirror import Lease, VmRules, lease_elements, read_listing, timed_elements
 from rundatsheesh.manager.net.policy import Element
 
 TIMEOUT = 20.0  # seconds; a transaction takes 5 ms, one that deletes 20
@@ -117,12 +117,6 @@ class Firewall:
         async with self._lock:
             await self._read()
             return set(self._vms)
-
-    async def refusals(self) -> dict[str, int]:
-        """Packets refused so far, by link; links that had none are left out."""
-        return read_counters(
-            await self._list(f"set {self._table} {rules.REFUSALS}") or b'{"nftables": []}', rules.REFUSALS
-        )
 
     def _of(self, slot: Slot) -> VmRules:
         return self._vms.get(slot.link, VmRules())

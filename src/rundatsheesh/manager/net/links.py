@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rundatsheesh.manager.errors import NetworkError
+from rundatsheesh.manager.host import tap
+from rundatsheesh.manager.host.namespaces import NETNS_DIRECTORY
 from rundatsheesh.manager.model import GATEWAY, SLOTS_PER_BLOCK, Slot
 from rundatsheesh.manager.net import kernel, rtnetlink
 from rundatsheesh.manager.net.netlink import ROUTE, Netlink
@@ -28,7 +30,7 @@ def create_veth(slot: Slot) -> None:
     with _failures(f"create link {slot.link}"):
         remove(slot)
         kernel.create_namespace(slot.netns)
-        with Netlink(ROUTE) as netlink, open(kernel.NETNS_DIRECTORY / slot.netns, "rb") as namespace:
+        with Netlink(ROUTE) as netlink, open(NETNS_DIRECTORY / slot.netns, "rb") as namespace:
             host, guest = Interface(slot.link, GATEWAY_MAC, MTU), Interface(GUEST_LINK, slot.guest_mac, MTU)
             rtnetlink.create_veth(netlink, host, guest, namespace.fileno())
             _configure_host_end(netlink, slot)
@@ -37,11 +39,11 @@ def create_veth(slot: Slot) -> None:
                 rtnetlink.wait_until_running(events, _index(slot.link))
 
 
-def create_tap(slot: Slot, uid: int, gid: int) -> None:
-    """A tap in the root namespace that `uid` may open: the guest's own interface is its other end."""
+def create_tap(slot: Slot) -> None:
+    """A tap in the root namespace that root may open: the guest's own interface is its other end."""
     with _failures(f"create tap {slot.link}"):
         remove(slot)
-        kernel.create_tap(slot.link, uid, gid)
+        tap.create(slot.link)
         with Netlink(ROUTE) as netlink:
             rtnetlink.describe_link(netlink, _index(slot.link), GATEWAY_MAC, MTU)
             _configure_host_end(netlink, slot)
@@ -51,13 +53,6 @@ def configure_host_end(slot: Slot) -> None:
     """Address, route and state of the host end again."""
     with _failures(f"configure {slot.link}"), Netlink(ROUTE) as netlink:
         _configure_host_end(netlink, slot)
-
-
-def configure_guest_end(slot: Slot) -> None:
-    """Give eth0 in the VM's namespace its addresses and routes again; nothing to do for a tap."""
-    if slot.netns in kernel.namespace_names():
-        with _failures(f"configure {GUEST_LINK} of {slot.netns}"):
-            kernel.inside_namespace(slot.netns, lambda: _configure_guest_end(slot))
 
 
 def remove(slot: Slot) -> None:
@@ -73,12 +68,6 @@ def remove(slot: Slot) -> None:
 def names() -> set[str]:
     """All interfaces of the calling thread's namespace."""
     return {name for _, name in socket.if_nameindex()}
-
-
-def present(block: int) -> set[str]:
-    """Names of the block for which a link or a namespace exists."""
-    own_links, own_namespaces = traces(block)
-    return own_links | own_namespaces
 
 
 def traces(block: int) -> tuple[set[str], set[str]]:

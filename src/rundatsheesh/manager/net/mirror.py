@@ -51,7 +51,7 @@ def read_listing(listing: bytes, now: float) -> dict[str, VmRules]:
     """Parse `nft --json list table`. Links that hold no element are absent."""
     vms: dict[str, VmRules] = {}
     for name in ADDRESS_SETS:
-        for key, seconds in _concatenations(listing_elements(listing, name)):
+        for key, seconds in _concatenations(_elements(listing, name)):
             link, network = key[0], _network(key[1])
             vm = vms.setdefault(link, VmRules())
             if name in TIMED_SETS:
@@ -61,13 +61,7 @@ def read_listing(listing: bytes, now: float) -> dict[str, VmRules]:
     return vms
 
 
-def read_counters(listing: bytes, name: str) -> dict[str, int]:
-    """Packets counted per link by the set `name`."""
-    found = (element["elem"] for element in listing_elements(listing, name))
-    return {element["val"]: int(element["counter"]["packets"]) for element in found}
-
-
-def listing_elements(listing: bytes, name: str) -> Iterator[Any]:
+def _elements(listing: bytes, name: str) -> Iterator[Any]:
     for entry in json.loads(listing)["nftables"]:
         if entry.get("set", {}).get("name") == name:
             yield from entry["set"].get("elem", [])

@@ -23,14 +23,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class TapOwner:
-    """Who may open a VM's tap."""
-
-    uid: int
-    gid: int
-
-
-@dataclass(frozen=True, slots=True)
 class Traces:
     """Slots of which the host has a link, a namespace, rules."""
 
@@ -70,34 +62,23 @@ class Network:
     async def close(self) -> None:
         """Stop the resolver. Links and rules of running VMs stay in force; without any VM the table is removed."""
         await self._resolver.close()
-        if not await in_thread(links.present, self._block):
+        if not any(await in_thread(links.traces, self._block)):
             await self._firewall.close()
 
-    async def attach(
-        self, slot: Slot, policy: EgressPolicy, *, kind: Literal["veth", "tap"] = "veth", owner: TapOwner | None = None
-    ) -> None:
+    async def attach(self, slot: Slot, policy: EgressPolicy, *, kind: Literal["veth", "tap"] = "veth") -> None:
         """Give the VM its link, with the policy in force before the link is up. On failure nothing is left.
 
         "veth" makes the namespace `slot.netns` with eth0 in it; "tap" makes a tap named `slot.link` in the root
-        namespace that `owner` (default root) may open. A leftover of the same slot is replaced.
+        namespace that root may open. A leftover of the same slot is replaced.
         """
         async with self._locks[slot]:
             try:
                 await self._firewall.put(slot, policy)
-                if kind == "veth":
-                    await in_thread(links.create_veth, slot)
-                else:
-                    owner = owner or TapOwner(0, 0)
-                    await in_thread(links.create_tap, slot, owner.uid, owner.gid)
+                await in_thread(links.create_veth if kind == "veth" else links.create_tap, slot)
             except BaseException:
                 await self._undo(slot)
                 raise
             self._resolver.put(slot, policy)
-
-    async def reset_guest_end(self, slot: Slot) -> None:
-        """Addresses and routes of eth0 again: a sandbox that took them over leaves the interface bare."""
-        async with self._locks[slot]:
-            await in_thread(links.configure_guest_end, slot)
 
     async def set_policy(self, slot: Slot, policy: EgressPolicy) -> None:
         """Replace the policy of an attached VM in one transaction. Connections that it forbids are cut, and what the
@@ -122,20 +103,11 @@ class Network:
             await in_thread(links.configure_host_end, slot)
             self._resolver.put(slot, policy)
 
-    async def list_present(self) -> set[Slot]:
-        """Slots of this block of which anything exists on the host: link, namespace or rules."""
-        return _slots_of(await in_thread(links.present, self._block) | await self._firewall.links())
-
     async def list_traces(self) -> Traces:
-        """As `list_present`, told apart."""
+        """Slots of this block of which anything exists on the host."""
         own_links, own_namespaces = await in_thread(links.traces, self._block)
         rules = await self._firewall.links()
         return Traces(*(frozenset(_slots_of(names)) for names in (own_links, own_namespaces, rules)))
-
-    async def refused_packets(self) -> dict[Slot, int]:
-        """How many packets of each VM the policy has refused since the VM was attached or this manager opened."""
-        counts = await self._firewall.refusals()
-        return {slot: count for link, count in counts.items() if (slot := links.slot_of(link)) is not None}
 
     async def _detach(self, slot: Slot) -> None:
         self._resolver.remove(slot)

@@ -67,7 +67,7 @@ vms = Table(
     Column("allow_domains", JSON, nullable=False),
     Column("engine", String(32), nullable=False),
     Column("image_id", String(128), nullable=False),
-    Column("snapshot_id", String(128)),
+    Column("snapshot_id", String(128)),  # empty: there are no snapshots
     Column("name", String(128)),
     Column("labels", JSON, nullable=False),
     Column("isolation", String(32), nullable=False),
