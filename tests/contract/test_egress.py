@@ -39,7 +39,7 @@ def fetch_with(box: Box, tool: str, url: str) -> tuple[bool, float]:
 def reaches(box: Box, address: str, tool: str = "curl") -> bool:
     """A refusal has to be known at once."""
     answered, took = fetch_with(box, tool, f"http://{address}:{PORT}/")
-    assert answered or took < box.scale(AT_ONCE), f"{address} refused only after {took} s"
+    assert answered or took < box.promised(AT_ONCE), f"{address} refused only after {took} s"
     return answered
 
 
@@ -123,7 +123,7 @@ def test_ipv6_is_refused(vm: NewVm) -> None:
     box = vm(allowIps=["0.0.0.0/0"], outboundInternet=True)
     begun = time.monotonic()
     assert box.exec("curl -sS -m 20 -6 'http://[2001:db8::1]/'")["exitCode"] != 0
-    assert time.monotonic() - begun < box.scale(5)
+    assert time.monotonic() - begun < box.promised(5)
 
 
 @pytest.mark.every_engine

@@ -55,7 +55,7 @@ def test_env(box: Box) -> None:
 
 def soon(box: Box) -> int:
     """Milliseconds, long enough for bash to begin."""
-    return max(700, int(box.scale(120)))
+    return max(3000, int(box.scale(60)))
 
 
 @pytest.mark.every_engine
@@ -65,7 +65,7 @@ def test_timeout_kills_the_whole_tree(box: Box) -> None:
     done = box.exec("echo before; (setsid sleep 999 &); sleep 999", timeoutMs=timeout)
     took = time.monotonic() - begun
     assert (done["exitCode"], done["timedOut"]) == (124, True), done
-    assert took < timeout / 1000 + box.scale(1), took
+    assert took < timeout / 1000 + box.promised(1), took
     assert box.output("pgrep -x sleep || true") == ""
 
 
@@ -125,33 +125,32 @@ def test_bytes_that_are_no_text_are_replaced(box: Box) -> None:
 
 @pytest.mark.every_engine
 def test_background_processes_live_on(box: Box) -> None:
-    begun = time.monotonic()
-    box.output(
-        "nohup bash -c 'while true; do date +%s%N > t && mv t tick; sleep 0.1; done' > /dev/null 2>&1 & echo $! > pid"
-    )
-    assert time.monotonic() - begun < box.scale(3), "a call does not wait for what it left behind"
-    first = box.output("while [ ! -e tick ]; do sleep 0.1; done; cat tick")
-    time.sleep(2)
-    late, now = map(int, box.output("cat tick; date +%s%N").split())
-    assert now - late < box.scale(1.5) * 1e9, "it ran while no call was open"
-    assert int(first) < late
-    assert box.output("kill $(cat pid) && rm -f tick pid && echo gone") == "gone\n"
+    ticker = "while true; do date +%s%N >> ticks; sleep 0.1; done"
+    # Without an end of its own, and the call's time runs out in half a minute.
+    box.output(f"nohup bash -c '{ticker}' > /dev/null 2>&1 & echo $! > pid")
+    left = int(box.output("until [ -s ticks ]; do sleep 0.1; done; date +%s%N"))
+    time.sleep(max(3, box.scale(0.1)))
+    ticks = [int(line) for line in box.output("cat ticks").split()]
+    # By the guest's clock, and so long after a call that a guest which then stands still has no such tick.
+    assert [tick for tick in ticks if 1e9 < tick - left < 3e9], "it ran while no call was open"
+    assert box.output("kill $(cat pid) && rm -f ticks pid && echo gone") == "gone\n"
 
 
 def test_calls_run_beside_each_other(box: Box) -> None:
+    """Each waits for all the others."""
     results: list[tuple[int, str]] = []
+    meet = "until [ $(ls met-* | wc -l) = 8 ]; do sleep 0.1; done"
 
     def one(number: int) -> None:
-        results.append((number, box.output(f"sleep 1; echo {number}")))
+        results.append((number, box.output(f"touch met-{number}; {meet}; echo {number}", timeoutMs=120_000)))
 
-    begun = time.monotonic()
     callers = [threading.Thread(target=one, args=(number,)) for number in range(8)]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
     assert sorted(results) == [(number, f"{number}\n") for number in range(8)]
-    assert time.monotonic() - begun < 8 or box.scale(1) > 1.5
+    box.output("rm met-*")
 
 
 def test_a_client_that_leaves_ends_its_call(box: Box) -> None:

@@ -23,6 +23,7 @@ from server_support import Box, Dns, Server, eventually, new_server, tgz
 LARGE = 100 << 20
 NEW_LARGE = f"head -c {LARGE} /dev/urandom > large"
 NO_CAPABILITY = "0000000000000000"
+DETOUR = "a transfer goes through the guest"  # in the log of a server that has no worker for it
 # Exchanges a directory for links, and a file for a link, a fifo and a directory, as fast as it can.
 SWAP = """
 import os
@@ -86,6 +87,17 @@ def workers(box: Box) -> list[int]:
     for pid in helpers():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if box.id in Path(f"/proc/{pid}/cgroup").read_text():
+                found.append(pid)
+    return found
+
+
+def waiting(box: Box) -> list[int]:
+    """The workers that are confined and wait for something to do."""
+    found = []
+    for pid in workers(box):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            seen = status(pid)
+            if seen["Uid"].startswith("1000\t") and seen["CapPrm"] == NO_CAPABILITY and seen["State"][0] == "S":
                 found.append(pid)
     return found
 
@@ -175,14 +187,7 @@ def test_a_killed_worker_is_told_and_leaves_the_machine_as_it_was(box: Box) -> N
             for _ in pieces:
                 continue
     whole = tgz({"file": os.urandom(1 << 20)})
-
-    def body() -> Iterator[bytes]:
-        yield whole[: 1 << 19]
-        eventually(lambda: workers(box), 10, "a worker waits for the upload")
-        os.kill(workers(box)[0], signal.SIGKILL)
-        yield whole[1 << 19 :]
-
-    answer = box.upload(body(), "/workspace/killed")
+    answer = upload_whose_worker_is_killed(box, whole)
     assert (answer.status_code, answer.json()["code"]) == (502, "guest_error"), answer.text
     assert "killed on the host" in answer.json()["message"]
     assert workers(box) == []
@@ -192,12 +197,35 @@ def test_a_killed_worker_is_told_and_leaves_the_machine_as_it_was(box: Box) -> N
     assert not list((box.server.storage / "spool").iterdir())
 
 
+def upload_whose_worker_is_killed(box: Box, whole: bytes) -> httpx.Response:
+    """A worker that ends before the manager has heard of it is none, and the upload goes through the guest: whether the
+    manager has, nobody but its log can tell."""
+
+    def body() -> Iterator[bytes]:
+        yield whole[: 1 << 19]
+        eventually(lambda: waiting(box), 30, "a worker waits for the upload")
+        os.kill(waiting(box)[0], signal.SIGKILL)
+        yield whole[1 << 19 :]
+
+    for _ in range(5):
+        detours = box.server.log.read_text().count(DETOUR)
+        answer = box.upload(body(), "/workspace/killed")
+        if answer.status_code != 204 or box.server.log.read_text().count(DETOUR) == detours:
+            return answer
+        box.output("rm -r killed")
+    return answer
+
+
 def test_a_killed_helper_is_replaced(box: Box) -> None:
     before = helper_of(box.server)
     os.kill(before, signal.SIGKILL)
     assert box.upload(tgz({"a": b"1"}), "/workspace/helper").status_code == 204
     assert box.fetch("/workspace/helper")["./a"] == b"1"
-    eventually(lambda: helper_of(box.server) != before, 10, "another helper")
+
+    def is_replaced() -> bool:
+        return any(pid != before and parent(parent(pid)) == box.server.pid for pid in helpers())
+
+    eventually(is_replaced, 30, "another helper")
 
 
 def test_more_at_once_than_there_may_be_workers(box: Box) -> None:
@@ -290,7 +318,7 @@ def test_a_killed_server_takes_helper_and_workers_along(mortal: Server) -> None:
     with contextlib.suppress(httpx.HTTPError), stalled_download(box) as (worker, pieces):
         uploading = threading.Thread(target=_upload_for_ever, args=(box,))
         uploading.start()
-        eventually(lambda: len(workers(box)) == 2, 10, "another worker waits for an upload")
+        eventually(lambda: len(waiting(box)) == 2, 30, "another worker waits for an upload")
         mortal.kill()
         uploading.join()
         for pid in (helper, worker):

@@ -26,18 +26,22 @@ def test_a_vm_is_deleted_when_its_time_has_come(server: Server, vm: NewVm) -> No
 
 
 def test_an_extended_vm_lives(server: Server, vm: NewVm) -> None:
-    short, extended = vm(ttlMs=3000), vm(ttlMs=3000)
+    ttl = int(scale(2) * 1000)  # the other's ends after the one that this had
+    extended = vm(ttlMs=ttl)
     answer = server.http.patch(f"/v1/vms/{extended.id}", json={"ttlMs": None})
     assert answer.status_code == 200 and "expiresAt" not in answer.json()
+    short = vm(ttlMs=ttl)
     eventually(lambda: state(server, short.id) is None, scale(15), "the other one deleted")
     assert state(server, extended.id) == "RUNNING"
 
 
 def test_only_idle_vms_are_stopped(server: Server, vm: NewVm) -> None:
     """A process in the background keeps its VM up; without one it stops, and keeps its files."""
-    busy, idle = vm(idleTimeoutMs=1500), vm(idleTimeoutMs=1500)
+    timeout = int(scale(1) * 1000)
+    busy = vm(idleTimeoutMs=timeout)
     start = {"cmd": "echo kept > file; setsid sleep 600 >/dev/null 2>&1 </dev/null &"}
     assert server.http.post(f"/v1/vms/{busy.id}/exec", json=start).status_code == 200
+    idle = vm(idleTimeoutMs=timeout)
     eventually(lambda: state(server, idle.id) == "STOPPED", scale(20), "the idle VM stopped")
     assert server.http.get(f"/v1/vms/{idle.id}").json()["reason"] == "idle"
     assert state(server, busy.id) == "RUNNING"

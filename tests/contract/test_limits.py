@@ -119,9 +119,11 @@ def test_too_many_open_files(vm: NewVm, neighbour: Box) -> None:
 def test_cpu_is_bounded(vm: NewVm) -> None:
     box = vm(cpu=1)
     burn = "timeout 2 python3 -c 'while True: pass' &"
+    begun = time.monotonic()
     spent = box.output(f"bash -c '{burn * 3} wait'; times | tail -1").split()
+    took = time.monotonic() - begun  # two seconds, and more where the host is busy
     user = float(spent[0].removeprefix("0m").removesuffix("s"))
-    assert user < box.scale(3.2), f"three loops for two seconds took {user} s of one CPU"
+    assert user < 1.5 * took, f"three loops for {took} s took {user} s of one CPU"
 
 
 def cgroup_of(box: Box, controller: str) -> Path:

@@ -161,7 +161,7 @@ def test_no_prompt_and_no_colours(box: Box) -> None:
 def test_timeout(box: Box, language: str) -> None:
     pid = {"ts": "Deno.pid", "js": "process.pid"}[language]
     code = f"result.set('early'); console.log({pid}); setInterval(() => {{}}, 1000)"
-    done = run(box, language, code, timeoutMs=int(box.scale(1500)))
+    done = run(box, language, code, timeoutMs=int(box.scale(1000)))
     assert (done["exitCode"], done["timedOut"], done["result"]) == (124, True, "early"), done
     assert box.output(f"ls -d /proc/{int(done['stdout'])} 2>/dev/null || true") == ""  # others may wait for scripts
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
+import os
 import re
 import secrets
 import shutil
@@ -17,6 +19,7 @@ from script_harness import interpreter
 
 import rundatsheesh.agent
 from rundatsheesh.manager.build.image import find_image
+from rundatsheesh.manager.build.recipe import PROFILE
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
 from rundatsheesh.manager.host.tools import find_runsc
 from rundatsheesh.manager.settings import Settings
@@ -24,9 +27,13 @@ from rundatsheesh.manager.settings import Settings
 AGENT = Path(rundatsheesh.agent.__file__).parent
 PYTHON = "/usr/bin/python3"
 MAX_OUTPUT = 1 << 20
+# Natively the guests' user is one of the host's, and its limit of processes counts all that it has there, in whatever
+# run of the tests. Each native agent holds this file for itself and others, and alone where the limit is to be reached.
+USER_LOCK = Path("/run/rdst-user.lock")
 CAPABILITIES = ["CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_SETPCAP"]
 
-# $1 is the directory of the test. The new root shows this system's programs and nothing of its files.
+# $1 is the directory of the test. The new root shows this system's programs and nothing of its files. Its shells begin
+# as a guest's do, without a fork.
 NATIVE = """
 set -e
 mount --make-rprivate /
@@ -38,6 +45,7 @@ ln -s /workspace home/user
 chmod 1777 tmp var/tmp
 mount --rbind /usr usr; mount --bind /etc etc; mount --rbind /dev dev
 mount -t proc proc proc
+mount --bind "$1/profile" etc/profile
 mount --bind "$1/workspace" workspace
 mount --bind "$1/run" run/agent
 mount --bind "$2" opt/rds/agent
@@ -94,8 +102,47 @@ class RunningAgent:
             await guest.close()
 
 
+class UserLock:
+    """This process's hold on USER_LOCK, for as many agents as it has."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._holders = 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """While there is a native agent; waits for who has the user alone."""
+        if self._holders == 0:
+            self._fd = os.open(USER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if self._holders == 0:
+                os.close(self._fd)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While only this process has native agents; waits for the end of all others. For who is within `shared`."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+
+user_lock = UserLock()
+
+
 @contextlib.contextmanager
 def native_agent(directory: Path, *options: str) -> Iterator[RunningAgent]:
+    with user_lock.shared():
+        yield from _native_agent(directory, *options)
+
+
+def _native_agent(directory: Path, *options: str) -> Iterator[RunningAgent]:
     _prepare(directory)
     argv = [PYTHON, "-I", "-S", "/opt/rds/agent", "--engine", "gvisor", *options]
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "sh", "-c", NATIVE, "sh"]
@@ -154,6 +201,23 @@ def agent_on(engine: str, directory: Path, *options: str) -> Iterator[RunningAge
         yield agent
 
 
+async def settled(guest: Guest, background: int = 0) -> None:
+    """Return when the agent has done what it does once a call is over, and nothing is left but so many trees of
+    processes in the background. Whatever it starts ahead of a call counts until calls find it."""
+    async with asyncio.timeout(60):
+        while await processes(guest) != background:
+            await asyncio.sleep(0.05)  # longer than the calm in which it begins with that
+
+
+async def processes(guest: Guest) -> int:
+    """How many trees of processes there are now."""
+    watch = guest.processes()
+    try:
+        return await anext(watch)
+    finally:
+        await watch.aclose()  # type: ignore[attr-defined]
+
+
 async def sh(guest: Guest, cmd: str, timeout_ms: int = 30_000, **more: object) -> CallResult:
     arguments = {"max_output": MAX_OUTPUT} | more
     return await guest.exec(ExecRequest(cmd=cmd, timeout_ms=timeout_ms, **arguments))  # type: ignore[arg-type]
@@ -170,6 +234,7 @@ def _prepare(directory: Path) -> None:
     (directory / "run").chmod(0o700)
     for name in ("deno", "node"):
         (directory / f"interpreters/{name}.link").symlink_to(interpreter(name))
+    (directory / "profile").write_text(PROFILE)
     shutil.chown(directory / "workspace", 1000, 1000)
     # A copy below a directory that the image has: runsc would make a missing mount point in the shared image.
     shutil.copytree(AGENT, directory / "rds/agent")

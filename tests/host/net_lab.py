@@ -51,7 +51,7 @@ WORLD_ADDRESSES = (
 )
 PORT = 7000
 GATEWAY = "172.16.0.1"
-AT_ONCE = 0.5  # seconds; the kernel needs milliseconds, a packet that is dropped at least one second
+AT_ONCE = 0.9  # seconds; the kernel needs milliseconds, a packet that is dropped at least one second
 
 
 def slot(number: int, block: int = BLOCK) -> Slot:

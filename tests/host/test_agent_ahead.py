@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
-from agent_support import RunningAgent, agent_on, sh
+from agent_support import RunningAgent, agent_on, settled, sh
 
 from rundatsheesh.agent.ahead_bash import ROOM
 from rundatsheesh.manager.errors import NotFound
@@ -76,13 +76,13 @@ async def guest(agent: RunningAgent) -> AsyncIterator[Guest]:
         await sh(connected, "rm -rf ~/.bash_logout ~/.bash_profile ~/seen; kill -9 -1", env=OWN)
 
 
-async def waiting(guest: Guest) -> str:
-    """The pid of the shell that waits, once one does."""
-    deadline = time.monotonic() + 30
+async def waiting(guest: Guest, background: int = 0) -> str:
+    """The pid of the shell that waits, once one does, beside so many trees of processes."""
+    deadline = time.monotonic() + 60
     while True:
         found = await sh(guest, "pgrep -f '[a] shell that waits'", env=OWN)
         if found.stdout:
-            await asyncio.sleep(0.1)  # until it does: before that a call starts its own
+            await settled(guest, background)  # before that a call starts its own
             return found.stdout.strip()
         assert time.monotonic() < deadline
         await sh(guest, "true")
@@ -107,9 +107,7 @@ async def test_a_command_cannot_tell(guest: Guest, plain: RunningAgent, name: st
 
 async def test_it_counts_for_nothing_while_it_waits(guest: Guest) -> None:
     pid = await waiting(guest)
-    watch = guest.processes()
-    assert await anext(watch) == 0
-    await watch.aclose()  # type: ignore[attr-defined]
+    await settled(guest)
     assert (await sh(guest, "echo $$")).stdout.strip() == pid
     assert await waiting(guest) != pid
 
@@ -125,9 +123,7 @@ async def test_what_becomes_of_it_meanwhile_harms_no_call(guest: Guest, signal: 
 
 async def test_its_deadline_ends_all_that_it_started(guest: Guest) -> None:
     await waiting(guest)
-    begun = time.monotonic()
-    seen = await sh(guest, "echo begun; setsid sleep 981 & trap '' TERM; sleep 982", timeout_ms=500)
-    assert time.monotonic() - begun < 1.5
+    seen = await sh(guest, "echo begun; setsid sleep 981 & trap '' TERM; sleep 982", timeout_ms=3000)
     assert (seen.exit_code, seen.timed_out, seen.stdout) == (124, True, "begun\n")
     assert (await sh(guest, "pgrep -x sleep", env=OWN)).stdout == ""
 
@@ -135,7 +131,7 @@ async def test_its_deadline_ends_all_that_it_started(guest: Guest) -> None:
 async def test_its_background_jobs_live_on(guest: Guest) -> None:
     await waiting(guest)
     await sh(guest, "sleep 983 >/dev/null 2>&1 &")
-    pid = await waiting(guest)
+    pid = await waiting(guest, background=1)
     assert (await sh(guest, "pgrep -f 'sleep 98[3]'; echo $$")).stdout.split()[1] == pid, (
         "and another waits beside them"
     )

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from agent_support import MAX_OUTPUT, RunningAgent, agent_on, engines, sh
+from agent_support import RunningAgent, agent_on, engines, sh, user_lock
 
+from rundatsheesh.agent import limits
 from rundatsheesh.manager.errors import InvalidInput, NotFound
-from rundatsheesh.manager.guest import ExecRequest, Guest, GuestGone, Identity
+from rundatsheesh.manager.guest import Guest, GuestGone, Identity
 
 
 @pytest.fixture(scope="module", params=engines())
@@ -30,9 +31,23 @@ async def guest(agent: RunningAgent) -> AsyncIterator[Guest]:
         await sh(connected, "kill -9 -1")  # a failed test's processes would fail the next ones too
 
 
+@pytest.fixture
+def alone(agent: RunningAgent) -> Iterator[None]:
+    """Nobody else has processes of the user's: this test takes all that there may be. Before `guest`, for it waits."""
+    if is_native(agent):
+        with user_lock.alone():
+            yield
+    else:
+        yield
+
+
+def is_native(agent: RunningAgent) -> bool:
+    return agent.process.args[0] == "unshare"  # type: ignore[index]
+
+
 async def user_processes(guest: Guest) -> list[str]:
-    """Command lines of the user's processes, without those of the question itself."""
-    listing = await sh(guest, "ps -U 1000 -o args= | grep -v -e 'ps -U' -e 'grep -v'")
+    """Command lines of the user's processes, without those of the question itself and the shell for the next one."""
+    listing = await sh(guest, "ps -U 1000 -o args= | grep -v -e 'ps -U' -e 'grep -v' -e ': a shell that waits'")
     return [line.strip() for line in listing.stdout.splitlines()]
 
 
@@ -47,7 +62,7 @@ def owner(entry: Path) -> int | None:
         return None  # it ended
 
 
-async def until(condition: object, seconds: float = 10) -> None:
+async def until(condition: object, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
@@ -120,14 +135,12 @@ async def test_output_keeps_head_and_tail_and_counts_the_rest(guest: Guest) -> N
 
 
 async def test_a_deadline_ends_the_whole_tree(guest: Guest) -> None:
-    begun = time.monotonic()
     seen = await sh(
         guest,
         "echo begun; setsid sleep 901 & (setsid sh -c 'sleep 902 & exec sleep 903' </dev/null >/dev/null 2>&1 &); "
         "trap '' TERM; sleep 904",
-        timeout_ms=500,
+        timeout_ms=3000,
     )
-    assert time.monotonic() - begun < 1.5
     assert (seen.exit_code, seen.timed_out, seen.stdout) == (124, True, "begun\n")
     assert not [line for line in await user_processes(guest) if "sleep 90" in line]
 
@@ -137,47 +150,60 @@ async def test_a_deadline_ends_nobody_elses_processes(guest: Guest) -> None:
     other = asyncio.create_task(sh(guest, "sleep 1.2; echo survived"))
     assert (await sh(guest, "sleep 913", timeout_ms=300)).timed_out
     assert (await other).stdout == "survived\n"
-    assert sorted(line for line in await user_processes(guest) if "sleep 91" in line) == ["sleep 911", "sleep 912"]
+
+    async def both() -> bool:  # until they are executed they are a shell, or setsid
+        lines = sorted(line for line in await user_processes(guest) if "sleep 91" in line)
+        return lines == ["sleep 911", "sleep 912"]
+
+    await until(both)
     await sh(guest, "pkill -f 'sleep 91'")
 
 
 async def test_a_background_job_neither_delays_the_answer_nor_dies_of_writing(guest: Guest) -> None:
-    begun = time.monotonic()
-    job = "(for i in 1 2 3 4 5 6 7 8; do echo noise; sleep 0.1; done; echo done > job-ended) & echo started"
-    seen = await sh(guest, job)
-    assert seen.stdout.startswith("started\n") or seen.stdout.startswith("noise\nstarted\n")
-    assert time.monotonic() - begun < 1.0
-    ended = ExecRequest("until test -f job-ended; do sleep 0.05; done; rm job-ended", 10_000, MAX_OUTPUT)
-    assert (await guest.exec(ended)).exit_code == 0
+    job = "until test -f end-job; do echo noise; echo >> noises; sleep 0.1; done; echo done > job-ended"
+    seen = await sh(guest, f"({job}) & echo started")  # it ends when it is told to, and that is later
+    assert (seen.exit_code, seen.timed_out) == (0, False) and "started\n" in seen.stdout
+    goes_on = "n=$(wc -l < noises); until [ $(wc -l < noises) -ge $((n + 5)) ]; do sleep 0.05; done"
+    assert (await sh(guest, f"test ! -e job-ended && {goes_on}")).exit_code == 0
+    ended = await sh(guest, "touch end-job; until test -f job-ended; do sleep 0.05; done; rm job-ended end-job noises")
+    assert ended.exit_code == 0
 
 
-async def test_a_fork_bomb_ends_with_its_deadline(guest: Guest) -> None:
+async def test_a_fork_bomb_ends_with_its_deadline(alone: None, guest: Guest) -> None:
     seen = await sh(guest, "b() { b | b & }; b; sleep 30", timeout_ms=1500)
     assert seen.timed_out
     assert await user_processes(guest) == []
     assert (await sh(guest, "echo alive")).stdout == "alive\n"
 
 
-async def test_a_full_process_table_can_still_be_cleared(guest: Guest) -> None:
-    before = host_processes_of_user()
+async def test_a_full_process_table_can_still_be_cleared(alone: None, agent: RunningAgent, guest: Guest) -> None:
     await sh(guest, "for i in $(seq 600); do sleep 961 & done >/dev/null 2>&1", timeout_ms=1500)
-    await sh(guest, "exec 2>/dev/null; (while :; do sleep 961 & done) & sleep 0.5; echo", timeout_ms=5000)
+    # Waits without a process of its own, for which there may be no room.
+    wait = "now=$EPOCHSECONDS; until ((EPOCHSECONDS > now)); do :; done"
+    filled = await sh(guest, f"exec 2>/dev/null; (while :; do sleep 961 & done) & {wait}; echo")
+    assert filled.stdout == "\n" and not filled.timed_out
+
+    async def full() -> bool:  # those of supervisors that are about to be the user count too
+        return host_processes_of_user() >= limits.processes - 8
+
+    if is_native(agent):  # gVisor knows no such limit
+        await until(full)
     cleared = await sh(guest, "kill -9 -1", timeout_ms=60_000)
     assert cleared.exit_code in (0, 137)
 
     async def gone() -> bool:
         return not await user_processes(guest)
 
-    await until(gone, 30)
+    await until(gone, 60)
 
     async def reaped() -> bool:  # natively the limit counts the whole host's, and the next test needs some
-        return host_processes_of_user() <= before
+        return host_processes_of_user() < limits.processes // 4
 
-    await until(reaped, 30)
+    await until(reaped, 60)
 
 
 async def test_the_loss_of_a_supervisor_ends_what_it_watched(agent: RunningAgent, guest: Guest) -> None:
-    if agent.process.args[0] != "unshare":  # type: ignore[index]
+    if not is_native(agent):
         pytest.skip("nobody outside a sandbox can kill one of its processes")
     await sh(guest, "setsid sleep 971 >/dev/null 2>&1 & echo")
 
@@ -186,9 +212,9 @@ async def test_the_loss_of_a_supervisor_ends_what_it_watched(agent: RunningAgent
 
     await until(begun)
     watch = guest.processes()
-    assert await anext(watch) == 1
+    assert await anext(watch) >= 1  # the tree of the last question may still be there
     os.kill(parent_of("sleep\0971\0"), signal.SIGKILL)
-    assert await asyncio.wait_for(anext(watch), 10) == 0
+    await until_there_are(watch, False)
 
     async def gone() -> bool:
         return not await user_processes(guest)
@@ -197,6 +223,13 @@ async def test_the_loss_of_a_supervisor_ends_what_it_watched(agent: RunningAgent
     assert "supervisor" in agent.log()
     (agent.directory / "log").write_text("")
     await watch.aclose()  # type: ignore[attr-defined]
+
+
+async def until_there_are(watch: AsyncIterator[int], some: bool) -> None:
+    """Read the watch until it tells that there are processes, or none. It leaves out what is not true any more."""
+    async with asyncio.timeout(30):
+        while bool(await anext(watch)) != some:
+            pass
 
 
 def parent_of(cmdline: str) -> int:
@@ -261,10 +294,11 @@ async def test_a_new_connection_replaces_the_old_one(agent: RunningAgent) -> Non
 async def test_the_watch_tells_when_processes_come_and_go(guest: Guest) -> None:
     watch = guest.processes()
     try:
-        assert await anext(watch) == 0
-        await sh(guest, "sleep 1 & echo")
-        assert await anext(watch) > 0
-        assert await asyncio.wait_for(anext(watch), 10) == 0
+        await until_there_are(watch, False)
+        await sh(guest, "sleep 942 & echo")
+        await until_there_are(watch, True)
+        await sh(guest, "pkill -x sleep")
+        await until_there_are(watch, False)
     finally:
         await watch.aclose()  # type: ignore[attr-defined]
 

@@ -27,24 +27,24 @@ def open_descriptors() -> set[str]:
 
 async def first_line(path: Path) -> str:
     """The first complete line of a file that a child is about to write."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (path.exists() and path.read_text().endswith("\n")):
             await asyncio.sleep(0.005)
     return path.read_text().splitlines()[0]
 
 
 async def test_run_returns_both_streams_and_passes_input() -> None:
-    done = await run(["sh", "-c", "cat; echo oops >&2"], input=b"hello", timeout=5)
+    done = await run(["sh", "-c", "cat; echo oops >&2"], input=b"hello", timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"hello", b"oops\n")
 
 
 async def test_large_input_that_nobody_reads_does_not_block() -> None:
-    assert (await run(["true"], input=b"x" * (4 << 20), timeout=5)).returncode == 0
+    assert (await run(["true"], input=b"x" * (4 << 20), timeout=30)).returncode == 0
 
 
 async def test_failure_names_the_command_the_status_and_the_output() -> None:
     with pytest.raises(ProcessError) as caught:
-        await run(["sh", "-c", "echo 'it broke' >&2; exit 7"], timeout=5)
+        await run(["sh", "-c", "echo 'it broke' >&2; exit 7"], timeout=30)
     assert caught.value.returncode == 7
     assert caught.value.argv[0] == "sh"
     assert "exit status 7" in caught.value.message
@@ -52,27 +52,27 @@ async def test_failure_names_the_command_the_status_and_the_output() -> None:
 
 
 async def test_unchecked_failure_is_a_result() -> None:
-    assert (await run(["sh", "-c", "exit 3"], timeout=5, check=False)).returncode == 3
-    assert (await run(["sh", "-c", "kill -9 $$"], timeout=5, check=False)).returncode == -9
+    assert (await run(["sh", "-c", "exit 3"], timeout=30, check=False)).returncode == 3
+    assert (await run(["sh", "-c", "kill -9 $$"], timeout=30, check=False)).returncode == -9
 
 
 @pytest.mark.parametrize("argv", [["no-such-program-at-all"], ["/etc/passwd"], ["/nonexistent/x"]])
 async def test_program_that_cannot_start(argv: list[str]) -> None:
     with pytest.raises(ProcessError):
-        await run(argv, timeout=5)
+        await run(argv, timeout=30)
 
 
 async def test_environment_is_only_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_OF_THE_MANAGER", "1")
-    default = (await run(["env"], timeout=5)).stdout.decode().splitlines()
+    default = (await run(["env"], timeout=30)).stdout.decode().splitlines()
     assert {line.partition("=")[0] for line in default} == {"PATH", "LANG"}
-    assert (await run(["env"], env={"ONLY": "this"}, timeout=5)).stdout == b"ONLY=this\n"
+    assert (await run(["env"], env={"ONLY": "this"}, timeout=30)).stdout == b"ONLY=this\n"
 
 
 async def test_only_named_descriptors_are_inherited(tmp_path: Path) -> None:
     with open(tmp_path / "given", "w+") as given, open(tmp_path / "kept", "w+") as kept:
         os.set_inheritable(kept.fileno(), True)
-        done = await run(["ls", "-l", "/proc/self/fd"], pass_fds=[given.fileno()], timeout=5)
+        done = await run(["ls", "-l", "/proc/self/fd"], pass_fds=[given.fileno()], timeout=30)
     assert b"/given" in done.stdout
     assert b"/kept" not in done.stdout
 
@@ -81,11 +81,11 @@ async def test_timeout_kills_the_whole_group_and_keeps_the_output(tmp_path: Path
     pids = tmp_path / "pids"
     before = time.monotonic()
     with pytest.raises(ProcessTimeoutError) as caught:
-        await run(["sh", "-c", f"echo so far; sleep 100 & echo $! > {pids}; wait"], timeout=0.3)
-    assert time.monotonic() - before < 5
+        await run(["sh", "-c", f"echo so far; sleep 100 & echo $! > {pids}; wait"], timeout=3)
+    assert time.monotonic() - before < 60
     assert caught.value.output == "so far"
     with contextlib.suppress(ProcessLookupError):  # else its death is under way, or waits for init to take notice
-        await asyncio.wait_for(ProcessRef.of(int(pids.read_text())).wait(), 5)
+        await asyncio.wait_for(ProcessRef.of(int(pids.read_text())).wait(), 30)
 
 
 async def test_output_held_open_by_a_grandchild_counts_as_running() -> None:
@@ -95,7 +95,7 @@ async def test_output_held_open_by_a_grandchild_counts_as_running() -> None:
 
 async def test_too_much_output_is_an_error_and_ends_the_writer() -> None:
     with pytest.raises(ProcessError, match="more than 1000 bytes"):
-        await run(["yes"], limit=1000, timeout=10)
+        await run(["yes"], limit=1000, timeout=30)
 
 
 async def test_too_much_output_is_nothing_to_the_next_command() -> None:
@@ -107,7 +107,7 @@ async def test_too_much_output_is_nothing_to_the_next_command() -> None:
 
 
 async def test_stderr_keeps_its_tail() -> None:
-    done = await run(["sh", "-c", "seq 1 100000 >&2"], limit=1000, timeout=10)
+    done = await run(["sh", "-c", "seq 1 100000 >&2"], limit=1000, timeout=30)
     assert len(done.stderr) == 1000
     assert done.stderr.endswith(b"\n100000\n")
 
@@ -148,7 +148,7 @@ async def test_cancelled_waiter_does_not_end_the_wait_of_others() -> None:
 
 async def test_child_is_reaped_without_a_waiter() -> None:
     child = start(["true"])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await child.ref.wait()
         while child.returncode is None:
             await asyncio.sleep(0)
@@ -172,13 +172,13 @@ def test_child_outlives_its_starter(tmp_path: Path) -> None:
     )
 
     async def check() -> None:
-        done = await run([sys.executable, "-c", script], timeout=20)
+        done = await run([sys.executable, "-c", script], timeout=60)
         assert done.stderr == b""
         pid, start_time = map(int, done.stdout.split())
         ref = ProcessRef(pid, start_time)
         assert ref.alive()
         assert ref.signal(signal.SIGKILL)
-        await asyncio.wait_for(ref.wait(), 5)
+        await asyncio.wait_for(ref.wait(), 30)
         assert not ref.alive()
 
     asyncio.run(check())
@@ -208,9 +208,9 @@ async def test_start_time_is_read_past_a_strange_command_name(tmp_path: Path) ->
 
 
 async def test_no_descriptor_is_left_by_many_runs() -> None:
-    await run(["true"], timeout=5)
+    await run(["true"], timeout=30)
     before = open_descriptors()
     for _ in range(20):
-        await run(["true"], timeout=5)
+        await run(["true"], timeout=30)
     await asyncio.sleep(0)
     assert open_descriptors() <= before

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from script_harness import ABSENT, Scripts, make_scripts
 
+from server_support import scale
+
 BOTH = pytest.mark.parametrize("language", ["ts", "js"])
 
 
@@ -247,7 +249,7 @@ def test_results_of_many_turns_and_a_crash(scripts: Scripts) -> None:
 
 @BOTH
 def test_a_result_before_a_timeout_is_kept(scripts: Scripts, language: str) -> None:
-    got = scripts.run(language, "result.set('in time'); for (;;);", timeout=2)
+    got = scripts.run(language, "result.set('in time'); for (;;);", timeout=scale(1))
     assert (got.exit_code, got.result, got.error) == (124, "in time", ABSENT)
 
 

@@ -84,7 +84,7 @@ async def test_a_client_that_goes_away_in_an_upload(server: Server) -> None:
     vm_id = await server.vm()
     wire = Wire(server.app, "POST", f"/v1/vms/{vm_id}/files/upload?dest=/workspace", None)
     wire.go_away()
-    await asyncio.wait_for(wire.done, 5)
+    await asyncio.wait_for(wire.done, 30)
     assert wire.sent == [] and server.vms.asked[1:] == []
 
 
@@ -92,7 +92,7 @@ async def test_an_upload_that_stalls(server: Server, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("rundatsheesh.manager.api.requests.STALL_TIMEOUT_S", 0.05)
     vm_id = await server.vm()
     wire = Wire(server.app, "POST", f"/v1/vms/{vm_id}/files/upload?dest=/workspace", None)
-    await asyncio.wait_for(wire.done, 5)
+    await asyncio.wait_for(wire.done, 30)
     assert wire.status == 408
 
 
@@ -142,7 +142,7 @@ async def test_a_client_that_goes_away_in_a_download(server: Server) -> None:
     wire.reading.clear()
     await wire.first_chunk.wait()
     wire.go_away()
-    await asyncio.wait_for(wire.done, 5)
+    await asyncio.wait_for(wire.done, 30)
     assert server.vms.download_closed and len(wire.sent) == 2
 
 
@@ -151,5 +151,5 @@ async def test_a_client_that_stops_reading(server: Server, monkeypatch: pytest.M
     vm_id = await server.vm()
     wire = Wire(server.app, "GET", f"/v1/vms/{vm_id}/files/download?path=/workspace")
     wire.reading.clear()
-    await asyncio.wait_for(wire.done, 5)
+    await asyncio.wait_for(wire.done, 30)
     assert server.vms.download_closed and len(wire.sent) == 2

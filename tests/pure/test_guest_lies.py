@@ -72,7 +72,7 @@ async def streams() -> AsyncIterator[tuple[FakeGuest, tuple[asyncio.StreamReader
 @contextlib.asynccontextmanager
 async def connected() -> AsyncIterator[tuple[FakeGuest, Guest]]:
     async with streams() as (fake, stream):
-        guest = await Guest.connect(stream, timeout=5)
+        guest = await Guest.connect(stream, timeout=30)
         try:
             yield fake, guest
         finally:
@@ -88,7 +88,7 @@ async def outcome(
         number, _ = await fake.requests.get()
         lie(fake, number)
         try:
-            result: object = await asyncio.wait_for(task, 5)
+            result: object = await asyncio.wait_for(task, 30)
         except RdsError as error:
             result = error
         try:
@@ -210,15 +210,15 @@ async def test_a_greeting_that_cannot_be(hello: bytes) -> None:
     async with streams() as (fake, stream):
         fake.hello = hello
         with pytest.raises(GuestMisbehaved):
-            await Guest.connect(stream, timeout=5)
-        await asyncio.wait_for(fake.left.wait(), 5)
+            await Guest.connect(stream, timeout=30)
+        await asyncio.wait_for(fake.left.wait(), 30)
 
 
 async def test_a_stream_that_ends_while_greeting() -> None:
     async with streams() as (fake, stream):
         fake.writer.transport.abort()
         with pytest.raises(GuestGone):
-            await Guest.connect(stream, timeout=5)
+            await Guest.connect(stream, timeout=30)
 
 
 async def test_endless_output_is_held_to_its_limit() -> None:

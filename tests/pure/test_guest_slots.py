@@ -36,7 +36,7 @@ def disk(tmp_path: Path) -> Path:
 async def connected(disk: Path) -> AsyncIterator[tuple[FakeGuest, Guest]]:
     async with streams() as (fake, stream):
         fake.hello = wire.encode(HELLO | {"transfer_disk": True})
-        guest = await Guest.connect(stream, timeout=5, transfer_disk=disk)
+        guest = await Guest.connect(stream, timeout=30, transfer_disk=disk)
         try:
             yield fake, guest
         finally:
@@ -55,7 +55,7 @@ async def stream(content: bytes) -> AsyncIterator[bytes]:
 
 async def request(fake: FakeGuest) -> tuple[int, int]:
     """The call, and where its ring begins."""
-    number, body = await asyncio.wait_for(fake.requests.get(), 5)
+    number, body = await asyncio.wait_for(fake.requests.get(), 30)
     ring = body["ring"]
     assert isinstance(ring, dict)
     assert (ring["slots"], ring["slot_bytes"]) == (RING_SLOTS, SLOT_BYTES)
@@ -64,7 +64,7 @@ async def request(fake: FakeGuest) -> tuple[int, int]:
 
 async def frame(fake: FakeGuest) -> wire.Event:
     """The next that is no credit."""
-    while (event := await asyncio.wait_for(fake.others.get(), 5)).kind == wire.WINDOW_MORE:
+    while (event := await asyncio.wait_for(fake.others.get(), 30)).kind == wire.WINDOW_MORE:
         continue
     return event
 
@@ -126,7 +126,7 @@ async def test_slots_that_do_not_exist_end_the_channel(disk: Path, lengths: list
         fake.send(fake.end.data(number, wire.SLOT, b"".join(LENGTH.pack(length) for length in lengths)))
         with pytest.raises(GuestMisbehaved):
             await (await opening).chunks.__anext__()
-        assert isinstance(await asyncio.wait_for(guest.wait_closed(), 5), GuestMisbehaved)
+        assert isinstance(await asyncio.wait_for(guest.wait_closed(), 30), GuestMisbehaved)
 
 
 async def test_more_free_slots_than_there_are_end_the_channel(disk: Path) -> None:
@@ -147,7 +147,7 @@ async def test_small_uploads_and_agents_without_a_disk_keep_to_the_channel(disk:
         fake.send(fake.end.reply(number, b"{}"))
         await task
     async with streams() as (fake, there):
-        guest = await Guest.connect(there, timeout=5, transfer_disk=disk)
+        guest = await Guest.connect(there, timeout=30, transfer_disk=disk)
         task = asyncio.ensure_future(guest.upload("/workspace", manifest(len(CONTENT)), stream(CONTENT)))
         _, body = await fake.requests.get()
         assert "ring" not in body

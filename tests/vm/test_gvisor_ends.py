@@ -58,7 +58,7 @@ async def test_too_much_memory_harms_the_guest_alone_and_is_told(lab: Lab, hog: 
     machine = await lab.start()
     told = await asyncio.wait_for(call(machine, f"({hog}) 2> /dev/null; echo survived", as_user=True), 60)
     assert "survived" not in told
-    end = await asyncio.wait_for(machine.wait(), 10)
+    end = await asyncio.wait_for(machine.wait(), 30)
     assert end.reason == "out_of_memory"
 
 

@@ -12,6 +12,7 @@ import pytest
 from qemu_support import Lab, ask_root, image_root, lab, new_lab, output, root_lab, run, shared_engine
 
 from rundatsheesh.manager.errors import EngineError
+from server_support import promised
 
 __all__ = ["image_root", "lab", "new_lab", "root_lab", "shared_engine"]  # fixtures
 
@@ -22,7 +23,7 @@ async def test_a_killed_qemu_is_noticed_at_once(lab: Lab) -> None:
     os.kill(vm.qemu, signal.SIGKILL)
     killed = time.monotonic()
     ended = await machine.wait()
-    assert time.monotonic() - killed < 2
+    assert time.monotonic() - killed < promised(2)
     assert (ended.reason, ended.status) == ("killed", -signal.SIGKILL)
     assert await guest.wait_closed() is not None
     await guest.close()
@@ -96,10 +97,13 @@ async def test_a_start_that_fails_leaves_nothing(lab: Lab) -> None:
 async def test_a_cancelled_start_leaves_nothing(new_lab: Lab) -> None:
     vm = new_lab.vm()
     await vm.prepare()
-    starting = asyncio.create_task(new_lab.engine.start(vm.record, vm.files))
-    await asyncio.sleep(0.5)  # somewhere in the boot of the template
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    assert new_lab.leftovers() == []
-    assert len(new_lab.engine.templates) == 0
+    for delay in (0.1, 0.5):  # somewhere in the boot of the template
+        starting = asyncio.create_task(new_lab.engine.start(vm.record, vm.files))
+        await asyncio.wait([starting], timeout=delay)
+        if not starting.cancel():
+            assert delay > 0.1, "no start is over so soon"
+            return
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert new_lab.leftovers() == []
+        assert len(new_lab.engine.templates) == 0
