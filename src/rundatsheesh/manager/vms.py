@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rundatsheesh.manager.engines.base import Engine
-from rundatsheesh.manager.errors import Forbidden, LimitReached, NotFound, RdsError
+from rundatsheesh.manager.errors import Forbidden, LimitReached, NotFound, RdsError, Unavailable
 from rundatsheesh.manager.model import (
     HIDDEN,
     Caller,
@@ -36,6 +36,7 @@ from rundatsheesh.manager.vms_running import RunningVm
 log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE = 10.0  # seconds for a guest to end its processes and flush its disk
+IMAGE_RETRY_S = 5.0  # somebody may be building it; as /health/ready says
 MANAGER = Caller(request_id="-", who="manager")
 STARTABLE = frozenset({State.STOPPED, State.ERROR})
 # Every state that a caller can see.
@@ -319,7 +320,8 @@ class Vms:
         default = self._images.default()
         if wanted in (None, "default"):
             if default is None:
-                raise NotFound("no guest image on this host", code="image_not_found", hint="run `rds setup`")
+                hint = "`rds setup` builds it, and the server finds it then"
+                raise Unavailable("the guest image is missing", code="not_ready", hint=hint, retry_after=IMAGE_RETRY_S)
             return default
         if not self._images.exists(str(wanted)):
             raise NotFound(f"no image {str(wanted)[:64]!r}", code="image_not_found")
