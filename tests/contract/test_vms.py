@@ -186,6 +186,19 @@ def test_logs(server: Server, box: Box) -> None:
     assert server.http.get(f"{box.path}/logs", params={"type": "secret"}).status_code == 400
 
 
+@pytest.mark.every_engine
+def test_the_engines_log_tells_how_a_vm_lived(vm: NewVm, engine: str) -> None:
+    box = vm(cpu=1, memMb=256)
+    started = rf"\d{{4}}-\d\d-\d\dT[0-9:.]+Z manager: started in \d+ ms: engine {engine} \({box.seen['isolation']}\), "
+    assert re.search(started + "boot, cpu 1, memory 256 MiB", box.engine_log()), box.engine_log()
+    box.post("stop").raise_for_status()
+    assert "stopped: somebody asked for it" in box.engine_log()
+    box.post("start").raise_for_status()
+    lived = box.engine_log()
+    assert len(re.findall(started, lived)) == 2, lived
+    assert str(box.server.storage) not in lived and str(box.server.runtime) not in lived
+
+
 def test_the_execution_log(server: Server, vm: NewVm) -> None:
     box = vm()
     first = box.post("exec", {"cmd": "echo one; exit 3", "env": {"TOKEN": "hush"}}, headers={"X-Request-Id": "log-1"})

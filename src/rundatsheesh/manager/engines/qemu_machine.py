@@ -124,7 +124,7 @@ class QemuMachine:
         status = await self._child.wait() if self._child is not None else None
         evidence = await in_thread(qemu_files.evidence, self._files)
         reason = self._reason(evidence)
-        return Exit(reason, status, evidence)
+        return Exit(reason, status, evidence, self._cgroup.oom_kills(), self._cgroup.memory_peak())
 
     async def _process_end(self) -> None:
         ended = asyncio.ensure_future(self._process.wait())
