@@ -7,7 +7,7 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,14 @@ CHECKS = [
 
 
 @pytest.fixture
-async def document(tmp_path: Path) -> Any:
-    async with serve(tmp_path) as server:
-        return (await server.client.get("/openapi.json")).json()
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    async with serve(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def document(server: Server) -> Any:
+    return (await server.client.get("/openapi.json")).json()
 
 
 def operations(document: Any) -> Iterator[tuple[str, str, Any]]:
@@ -95,6 +100,27 @@ async def test_it_describes_exactly_what_the_contract_names(document: Any) -> No
     optional = {"name", "reason", "ttlMs", "expiresAt", "remainingMs", "idleTimeoutMs", "idleRemainingMs"}
     assert set(vm["required"]) == set(vm["properties"]) - optional
     assert set(document["components"]["schemas"]["CreateVmBody"]["required"]) == {"cpu", "memMb", "allowIps"}
+
+
+async def test_no_call_takes_a_query_that_it_does_not_know(server: Server, document: Any) -> None:
+    """Before anything else that is wrong with it, but for who asks."""
+    await server.log_in()
+    for method, path, _ in operations(document):
+        if path.startswith("/v1/"):
+            place = path.format(vm_id="vm-nope", key_id="key-nope")
+            answer = await server.client.request(method, f"{place}?x=1")
+            assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input"), (method, path)
+            assert {"field": "x", "problem": "unknown"} in answer.json()["details"]["errors"], (method, path)
+
+
+@pytest.mark.parametrize("number", ["1_0", "1.0", "+1", " 1", "1e1", "0x1", "\u0661"])
+async def test_numbers_in_a_query_are_digits(server: Server, number: str) -> None:
+    vm = await server.vm()
+    for place in (f"/v1/vms/{vm}/exec-logs", f"/v1/vms/{vm}/logs", "/v1/admin/activity"):
+        name = "tail" if place.endswith("/logs") else "limit"
+        assert (await server.client.get(place, headers=KEY, params={name: "10"})).status_code == 200
+        answer = await server.client.get(place, headers=KEY, params={name: number})
+        assert (answer.status_code, answer.json()["message"]) == (400, f"{name}: must be an integer, in digits")
 
 
 def try_operation(operation: Any, base_url: str, server: Server, *, negative: bool) -> None:
