@@ -8,7 +8,7 @@ import queue
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import requests
 import schemathesis
 import uvicorn
-from api_support import KEY, Outcome, Server, serve
+from api_support import KEY, LOGIN, Outcome, Server, serve
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -27,8 +27,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from rundatsheesh.manager.errors import StorageFull
 from rundatsheesh.manager.model import State
+from rundatsheesh.manager.store.database import Database
 
 QUIET: dict[str, Any] = {"suppress_health_check": list(HealthCheck)}
 # A valid request is not enough for these: a right password, a known key, a VM in the right state.
@@ -78,6 +81,34 @@ async def test_a_client_can_be_generated_from_it(document: Any) -> None:
         if path.startswith("/v1"):
             assert {"401", "429", "500"} <= set(operation["responses"])
             assert operation.get("security") != []
+
+
+async def test_every_call_may_meet_a_full_disk_a_server_that_stops_and_a_foreign_name(
+    server: Server, document: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def full(_: Database) -> AsyncIterator[AsyncConnection]:
+        raise StorageFull("full")
+        yield
+
+    await server.log_in()
+    vm = await server.vm()
+    monkeypatch.setattr(Database, "write", full)
+    server.vms.fails_with = StorageFull("full")
+    bodies: dict[str, Any] = {"post /auth/login": LOGIN, "post /v1/admin/api-keys": {"name": "k"}}
+    bodies["patch /v1/vms/{vm_id}"] = {"ttlMs": None}
+    met = set()
+    for method, path, operation in operations(document):
+        answers = operation["responses"]
+        assert {"403", "500", "503"} <= set(answers), (method, path)
+        place = path.format(vm_id=vm, key_id="key-nope")
+        answer = await server.client.request(method, place, json=bodies.get(f"{method} {path}", {}))
+        assert str(answer.status_code) in answers, (method, path, answer.text)
+        if answer.status_code == 503:
+            met.add(f"{method} {path}")
+        foreign = await server.client.request(method, place, headers={"host": "rebound.example"})
+        assert foreign.status_code == 403, (method, path)
+    assert {*bodies, "delete /v1/vms/{vm_id}", "post /v1/admin/api-keys/{key_id}/revoke"} <= met
 
 
 async def test_every_reference_leads_somewhere(document: Any) -> None:
