@@ -92,6 +92,16 @@ def test_output_that_fits_is_whole(box: Box) -> None:
     assert (len(done["stdout"]), len(done["stderr"]), done["truncated"]) == (KEPT, KEPT, False)
 
 
+def test_no_character_is_cut_in_two(box: Box) -> None:
+    """The program ends in the middle of one; the cut of its output, whatever its place, is in the middle of none."""
+    for shift in ("", "x", "xx"):
+        text = box.exec(f"printf '{shift}'; yes é | head -c 3000001")["stdout"]
+        head, middle, tail = re.split(r"\n\.\.\. \[(\d+) bytes left out\] \.\.\.\n", text)
+        assert tail.endswith("\n\ufffd") and text.count("\ufffd") == 1
+        kept = len((head + tail.removesuffix("\ufffd")).encode()) + 1
+        assert kept + int(middle) == len(shift) + 3_000_001
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_beyond_the_cap_keeps_head_and_tail(box: Box, stream: str) -> None:
     to = ">&2" if stream == "stderr" else ""
