@@ -42,9 +42,11 @@ def test_cwd(box: Box) -> None:
     for outside in ("/", "/etc", "/workspace/../etc", "/workspacex", "/workspace/a/out"):
         refused = box.post("exec", {"cmd": "pwd", "cwd": outside})
         assert (refused.status_code, refused.json()["code"]) == (400, "path_outside_workspace"), outside
-    for wrong in ("/workspace/missing", "/workspace/a/file", "/workspace/" + "x" * 256):
-        refused = box.post("exec", {"cmd": "pwd", "cwd": wrong})
-        assert refused.status_code == 400 and "cwd" in refused.json()["message"], refused.text
+    wrongs = {"missing": "invalid_cwd", "a/file": "invalid_cwd", "x" * 256: "path_too_long"}
+    for wrong, code in wrongs.items():
+        refused = box.post("exec", {"cmd": "pwd", "cwd": f"/workspace/{wrong}"})
+        assert (refused.status_code, refused.json()["code"]) == (400, code), refused.text
+        assert "cwd" in refused.json()["message"], refused.text
 
 
 def test_env(box: Box) -> None:

@@ -125,7 +125,7 @@ class VmCalls:
             try:
                 return _note(outcome, await guest.exec(request))
             except NotFound as missing:  # the VM is there: what is not is a directory that the body names
-                raise InvalidInput(f"cwd: {missing.message}", code=missing.code) from None
+                raise InvalidInput(f"cwd: {missing.message}", code="invalid_cwd") from None
 
     async def run_script(self, vm_id: str, call: ScriptCall, caller: Caller) -> CallResult:
         """Run TypeScript or JavaScript; raises as `exec`."""
