@@ -159,6 +159,16 @@ def test_delete_ends_open_calls(server: Server, vm: NewVm) -> None:
     assert answers[0].json()["code"] in ("guest_died", "vm_not_found", "wrong_state")
 
 
+@pytest.mark.every_engine
+def test_a_workspace_that_was_closed_is_open_after_a_start(vm: NewVm) -> None:
+    box = vm()
+    box.output("echo kept > file; chmod 000 /workspace")
+    assert box.post("stop").status_code == 204
+    assert box.post("start").status_code == 204
+    assert box.output("cat file; stat -c %a .") == "kept\n700\n"
+    box.output("mkdir away; mv file away; touch new")
+
+
 def test_a_stopped_vm_can_be_deleted(server: Server, vm: NewVm) -> None:
     box = vm()
     assert box.post("stop").status_code == 204
