@@ -280,6 +280,10 @@ class Box:
             opened = {member.name: tar.extractfile(member) for member in tar}
             return {name: file.read() if file else None for name, file in opened.items()}
 
+    def engine_log(self) -> str:
+        """What the engine and the server said of it, with newlines between."""
+        return "\n".join(self.server.http.get(f"{self.path}/logs").raise_for_status().json()["lines"])
+
     def delete(self) -> None:
         answer = self.server.http.delete(self.path)
         assert answer.status_code in (204, 404), answer.text

@@ -42,9 +42,11 @@ def test_cwd(box: Box) -> None:
     for outside in ("/", "/etc", "/workspace/../etc", "/workspacex", "/workspace/a/out"):
         refused = box.post("exec", {"cmd": "pwd", "cwd": outside})
         assert (refused.status_code, refused.json()["code"]) == (400, "path_outside_workspace"), outside
-    for wrong in ("/workspace/missing", "/workspace/a/file", "/workspace/" + "x" * 256):
-        refused = box.post("exec", {"cmd": "pwd", "cwd": wrong})
-        assert refused.status_code == 400 and "cwd" in refused.json()["message"], refused.text
+    wrongs = {"missing": "invalid_cwd", "a/file": "invalid_cwd", "x" * 256: "path_too_long"}
+    for wrong, code in wrongs.items():
+        refused = box.post("exec", {"cmd": "pwd", "cwd": f"/workspace/{wrong}"})
+        assert (refused.status_code, refused.json()["code"]) == (400, code), refused.text
+        assert "cwd" in refused.json()["message"], refused.text
 
 
 def test_env(box: Box) -> None:
@@ -90,6 +92,16 @@ def test_a_signal_gives_128_and_its_number(box: Box, signal: int) -> None:
 def test_output_that_fits_is_whole(box: Box) -> None:
     done = box.exec(f"head -c {KEPT} /dev/zero | tr '\\0' x; head -c {KEPT} /dev/zero | tr '\\0' y >&2")
     assert (len(done["stdout"]), len(done["stderr"]), done["truncated"]) == (KEPT, KEPT, False)
+
+
+def test_no_character_is_cut_in_two(box: Box) -> None:
+    """The program ends in the middle of one; the cut of its output, whatever its place, is in the middle of none."""
+    for shift in ("", "x", "xx"):
+        text = box.exec(f"printf '{shift}'; yes é | head -c 3000001")["stdout"]
+        head, middle, tail = re.split(r"\n\.\.\. \[(\d+) bytes left out\] \.\.\.\n", text)
+        assert tail.endswith("\n\ufffd") and text.count("\ufffd") == 1
+        kept = len((head + tail.removesuffix("\ufffd")).encode()) + 1
+        assert kept + int(middle) == len(shift) + 3_000_001
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import socket
 import tarfile
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 from test_archive_hostile import HOSTILE
 
-from server_support import Box, Server, tgz
+from server_support import KEY, Box, Server, eventually, tgz
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +160,31 @@ def test_an_upload_that_breaks_off_writes_nothing(box: Box) -> None:
     with pytest.raises((ConnectionError, httpx.HTTPError)):
         box.upload(half(), "/workspace/broken")
     assert box.exec("ls broken/partial")["exitCode"] != 0
+
+
+def last_upload(box: Box) -> dict[str, Any]:
+    entries = box.server.http.get(f"{box.path}/exec-logs", params={"type": "upload", "limit": 1}).json()["entries"]
+    assert entries, "an upload was logged"
+    return dict(entries[0])
+
+
+def test_the_log_knows_how_much_of_a_refused_archive_came(box: Box) -> None:
+    archive = b"no archive at all" * 100
+    assert box.upload(archive).status_code == 400
+    entry = last_upload(box)
+    assert (entry["input"], entry["bytesIn"], entry["error"]) == ("/workspace", len(archive), "archive_invalid")
+
+
+def test_an_upload_whose_client_goes_away_is_cancelled(box: Box) -> None:
+    host, port = box.server.url.removeprefix("http://").split(":")
+    archive = tgz({"half": os.urandom(100_000)})
+    head = {**KEY, "host": host, "content-type": "application/gzip", "content-length": str(len(archive))}
+    lines = [f"POST {box.path}/files/upload?dest=%2Fworkspace%2Fgone HTTP/1.1", *(f"{k}: {v}" for k, v in head.items())]
+    with socket.create_connection((host, int(port)), timeout=box.scale(10)) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + archive[:50_000])
+        eventually(lambda: last_upload(box)["input"] == "/workspace/gone", box.scale(10), "the upload began")
+    eventually(lambda: last_upload(box)["finishedAt"], box.scale(10), "the upload ended")
+    entry = last_upload(box)
+    # The server may not have taken all of it from the socket by then.
+    assert entry["error"] == "cancelled" and len("/workspace/gone") < entry["bytesIn"] <= 50_000, entry
+    assert box.exec("test -e gone")["exitCode"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,9 @@ def test_a_dead_vm_is_not_shown_alive(vm: NewVm) -> None:
             os.kill(pid, signal.SIGKILL)
         answer, state = told.result()
     assert (answer.status_code, answer.json()["code"], state) == (502, "guest_died", "ERROR"), answer.text
+    reason = answer.json()["details"]["reason"]
+    said = rf"manager: ended: {reason}, .*memory 256 MiB, with its engine at most \d+ MiB in use$"
+    assert re.search(said, box.engine_log()), box.engine_log()
 
 
 @pytest.mark.every_engine
@@ -68,6 +72,8 @@ def test_out_of_memory(vm: NewVm, neighbour: Box) -> None:
         assert (refused.status_code, refused.json()["code"]) == (409, "wrong_state")
         assert "out_of_memory" in refused.text, "the next call says what happened"
         assert (box.look()["state"], box.seen["reason"]) == ("ERROR", "out_of_memory")
+        said = box.engine_log().splitlines()[-1]
+        assert re.search(r"ended: out_of_memory, .*memory 256 MiB, .* killed for lack of memory: [1-9]", said), said
         assert box.post("start").status_code == 204
     assert box.output("cat file") == "kept\n"
     assert "reason" not in box.look()

@@ -74,6 +74,8 @@ def test_a_claimed_vm_is_its_callers_in_everything(pooled: Server) -> None:
     assert vm.seen["createdAt"] <= vm.seen["startedAt"]
     answer = vm.call("exec", cmd="hostname; id -u; ls -A /workspace")
     assert answer["stdout"].split() == [vm.id, "1000"]
+    started, given = vm.engine_log().splitlines()
+    assert " ms, to be kept warm: engine gvisor " in started and "given to its caller" in given
     vm.delete()
 
 

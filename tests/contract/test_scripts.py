@@ -52,6 +52,16 @@ def test_results_beyond_the_limit_of_output_are_an_error_that_says_so(box: Box, 
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
+def test_results_nested_too_deep_are_an_error_that_says_so(box: Box, language: str) -> None:
+    nested = "let v = 1; for (let i = 0; i < {}; i++) v = [v]; result.set(v)"
+    deepest = run(box, language, nested.format(200))
+    assert deepest["exitCode"] == 0 and str(deepest["result"]) == "[" * 200 + "1" + "]" * 200
+    done = run(box, language, nested.format(201))
+    assert done["exitCode"] != 0 and "result" not in done
+    assert "200" in done["error"]["message"], done["error"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_result_error(box: Box, language: str) -> None:
     done = run(box, language, "result.error(new TypeError('bad'))")
     assert done["exitCode"] != 0

@@ -159,6 +159,16 @@ def test_delete_ends_open_calls(server: Server, vm: NewVm) -> None:
     assert answers[0].json()["code"] in ("guest_died", "vm_not_found", "wrong_state")
 
 
+@pytest.mark.every_engine
+def test_a_workspace_that_was_closed_is_open_after_a_start(vm: NewVm) -> None:
+    box = vm()
+    box.output("echo kept > file; chmod 000 /workspace")
+    assert box.post("stop").status_code == 204
+    assert box.post("start").status_code == 204
+    assert box.output("cat file; stat -c %a .") == "kept\n700\n"
+    box.output("mkdir away; mv file away; touch new")
+
+
 def test_a_stopped_vm_can_be_deleted(server: Server, vm: NewVm) -> None:
     box = vm()
     assert box.post("stop").status_code == 204
@@ -184,6 +194,19 @@ def test_logs(server: Server, box: Box) -> None:
         assert log["type"] == kind and len(log["lines"]) <= 3
         assert log["updatedAt"] >= server.http.get(box.path).json()["createdAt"], "also while it is empty"
     assert server.http.get(f"{box.path}/logs", params={"type": "secret"}).status_code == 400
+
+
+@pytest.mark.every_engine
+def test_the_engines_log_tells_how_a_vm_lived(vm: NewVm, engine: str) -> None:
+    box = vm(cpu=1, memMb=256)
+    started = rf"\d{{4}}-\d\d-\d\dT[0-9:.]+Z manager: started in \d+ ms: engine {engine} \({box.seen['isolation']}\), "
+    assert re.search(started + "boot, cpu 1, memory 256 MiB", box.engine_log()), box.engine_log()
+    box.post("stop").raise_for_status()
+    assert "stopped: somebody asked for it" in box.engine_log()
+    box.post("start").raise_for_status()
+    lived = box.engine_log()
+    assert len(re.findall(started, lived)) == 2, lived
+    assert str(box.server.storage) not in lived and str(box.server.runtime) not in lived
 
 
 def test_the_execution_log(server: Server, vm: NewVm) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from script_harness import ABSENT, Scripts, make_scripts
 
+from rundatsheesh.manager.guest_output import MAX_DEPTH
 from server_support import scale
 
 BOTH = pytest.mark.parametrize("language", ["ts", "js"])
@@ -219,6 +220,21 @@ def test_size_limits(scripts: Scripts, language: str) -> None:
     assert (got.error["name"], len(got.error["message"])) == ("Error", 65537)
     got = scripts.run(language, "result.error({big: 'm'.repeat(3e6)})")
     assert got.error == {"name": "RangeError", "message": "The error is larger than 2097152 bytes"}
+
+
+NESTED = "let v = 1; for (let i = 0; i < {levels}; i++) v = i % 2 ? {{v}} : [v];"
+
+
+@BOTH
+def test_a_limit_of_depth(scripts: Scripts, language: str) -> None:
+    got = scripts.run(language, f"{NESTED.format(levels=MAX_DEPTH)} result.set(v)")
+    assert (got.exit_code, got.error) == (0, ABSENT) and got.result is not ABSENT
+    got = scripts.run(language, f"{NESTED.format(levels=MAX_DEPTH + 1)} result.set('kept'); result.set(v)")
+    assert (got.exit_code, got.result, got.error["name"]) == (1, "kept", "RangeError")
+    assert got.error["message"] == "The value is nested deeper than the limit of 200"
+    assert "toJson" not in got.error["stack"]
+    got = scripts.run(language, f"{NESTED.format(levels=50_000)} result.error(v)")
+    assert got.exit_code == 1 and "limit of 200" in got.error["message"]
 
 
 @BOTH

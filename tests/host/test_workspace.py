@@ -69,6 +69,22 @@ async def test_a_copy_is_the_same_disk_as_sparse_and_the_original_unchanged(plac
     os.close(original)
 
 
+@pytest.mark.parametrize(("left", "found"), [(0o000, 0o700), (0o555, 0o755), (0o1777, 0o1777), (0o700, 0o700)])
+async def test_its_owner_can_enter_a_disk_whatever_mode_its_root_was_left_with(
+    place: Path, left: int, found: int
+) -> None:
+    disk, point = place / "disk.img", place / "mounted"
+    await workspace.create(disk, SIZE_MB)
+    await workspace.mount(disk, point)
+    point.chmod(left)
+    await workspace.unmount(point)
+    await workspace.mount(disk, point)
+    try:
+        assert point.stat().st_mode & 0o7777 == found
+    finally:
+        await workspace.unmount(point)
+
+
 async def test_creating_mounting_and_unmounting_may_be_repeated(place: Path) -> None:
     disk, point = place / "disk.img", place / "mounted"
     await workspace.create(disk, SIZE_MB)

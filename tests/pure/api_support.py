@@ -151,6 +151,7 @@ class FakeVms:
         self.records[vm_id] = replace(record, state=to)
 
     async def change_lifetime(self, vm_id: str, change: LifetimeChange, caller: Caller) -> VmRecord:
+        await self._note(change, caller)
         record = await self.get(vm_id)
         lifetime, expires_at = record.spec.lifetime, record.expires_at
         if not isinstance(change.ttl_ms, Unchanged):
@@ -170,6 +171,7 @@ class FakeVms:
 
     async def destroy(self, vm_id: str, caller: Caller) -> None:
         await self.get(vm_id)
+        await self._note(vm_id, caller)
         del self.records[vm_id]
 
     async def _running(self, vm_id: str) -> None:

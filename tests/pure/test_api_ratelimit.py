@@ -8,7 +8,7 @@ import pytest
 from api_support import KEY, serve
 
 from rundatsheesh.manager.api import ratelimit
-from rundatsheesh.manager.api.ratelimit import Throttle, TokenBuckets
+from rundatsheesh.manager.api.ratelimit import Recent, Throttle, TokenBuckets
 from rundatsheesh.manager.errors import LimitReached
 
 
@@ -40,13 +40,39 @@ def test_no_limit() -> None:
         buckets.take("a")
 
 
-def test_both_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_takes_nothing() -> None:
+    clock = Clock()
+    buckets = TokenBuckets(1, "calls", clock)
+    for _ in range(3):
+        buckets.check("a")
+    buckets.take("a")
+    with pytest.raises(LimitReached):
+        buckets.check("a")
+    clock.at += 60
+    buckets.check("a")
+    TokenBuckets(0, "calls", clock).check("a")
+
+
+def test_what_was_noted_is_recent_for_a_while() -> None:
+    clock = Clock()
+    recent = Recent(60, clock)
+    assert "a" not in recent
+    recent.note("a")
+    clock.at += 59
+    assert "a" in recent and "b" not in recent
+    clock.at += 1
+    assert "a" not in recent
+
+
+def test_all_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ratelimit, "MAX_TRACKED", 10)
-    buckets, throttle = TokenBuckets(1, "calls", Clock()), Throttle(1, 60, Clock())
+    buckets, throttle, recent = TokenBuckets(1, "calls", Clock()), Throttle(1, 60, Clock()), Recent(60, Clock())
     for n in range(100):
         buckets.take(str(n))
         throttle.fail(str(n))
-    assert len(buckets._buckets) == len(throttle._failures) == 10
+        recent.note(str(n))
+    assert len(buckets._buckets) == len(throttle._failures) == len(recent._noted) == 10
+    assert "99" in recent
 
 
 def test_failures_double_the_pause_up_to_the_longest() -> None:

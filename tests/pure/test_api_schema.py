@@ -7,8 +7,8 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import requests
 import schemathesis
 import uvicorn
-from api_support import KEY, Outcome, Server, serve
+from api_support import KEY, LOGIN, Outcome, Server, serve
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -27,8 +27,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from rundatsheesh.manager.errors import StorageFull
 from rundatsheesh.manager.model import State
+from rundatsheesh.manager.store.database import Database
 
 QUIET: dict[str, Any] = {"suppress_health_check": list(HealthCheck)}
 # A valid request is not enough for these: a right password, a known key, a VM in the right state.
@@ -46,9 +49,14 @@ CHECKS = [
 
 
 @pytest.fixture
-async def document(tmp_path: Path) -> Any:
-    async with serve(tmp_path) as server:
-        return (await server.client.get("/openapi.json")).json()
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    async with serve(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def document(server: Server) -> Any:
+    return (await server.client.get("/openapi.json")).json()
 
 
 def operations(document: Any) -> Iterator[tuple[str, str, Any]]:
@@ -75,6 +83,34 @@ async def test_a_client_can_be_generated_from_it(document: Any) -> None:
             assert operation.get("security") != []
 
 
+async def test_every_call_may_meet_a_full_disk_a_server_that_stops_and_a_foreign_name(
+    server: Server, document: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def full(_: Database) -> AsyncIterator[AsyncConnection]:
+        raise StorageFull("full")
+        yield
+
+    await server.log_in()
+    vm = await server.vm()
+    monkeypatch.setattr(Database, "write", full)
+    server.vms.fails_with = StorageFull("full")
+    bodies: dict[str, Any] = {"post /auth/login": LOGIN, "post /v1/admin/api-keys": {"name": "k"}}
+    bodies["patch /v1/vms/{vm_id}"] = {"ttlMs": None}
+    met = set()
+    for method, path, operation in operations(document):
+        answers = operation["responses"]
+        assert {"403", "500", "503"} <= set(answers), (method, path)
+        place = path.format(vm_id=vm, key_id="key-nope")
+        answer = await server.client.request(method, place, json=bodies.get(f"{method} {path}", {}))
+        assert str(answer.status_code) in answers, (method, path, answer.text)
+        if answer.status_code == 503:
+            met.add(f"{method} {path}")
+        foreign = await server.client.request(method, place, headers={"host": "rebound.example"})
+        assert foreign.status_code == 403, (method, path)
+    assert {*bodies, "delete /v1/vms/{vm_id}", "post /v1/admin/api-keys/{key_id}/revoke"} <= met
+
+
 async def test_every_reference_leads_somewhere(document: Any) -> None:
     text = json.dumps(document)
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
@@ -95,6 +131,27 @@ async def test_it_describes_exactly_what_the_contract_names(document: Any) -> No
     optional = {"name", "reason", "ttlMs", "expiresAt", "remainingMs", "idleTimeoutMs", "idleRemainingMs"}
     assert set(vm["required"]) == set(vm["properties"]) - optional
     assert set(document["components"]["schemas"]["CreateVmBody"]["required"]) == {"cpu", "memMb", "allowIps"}
+
+
+async def test_no_call_takes_a_query_that_it_does_not_know(server: Server, document: Any) -> None:
+    """Before anything else that is wrong with it, but for who asks."""
+    await server.log_in()
+    for method, path, _ in operations(document):
+        if path.startswith("/v1/"):
+            place = path.format(vm_id="vm-nope", key_id="key-nope")
+            answer = await server.client.request(method, f"{place}?x=1")
+            assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input"), (method, path)
+            assert {"field": "x", "problem": "unknown"} in answer.json()["details"]["errors"], (method, path)
+
+
+@pytest.mark.parametrize("number", ["1_0", "1.0", "+1", " 1", "1e1", "0x1", "\u0661"])
+async def test_numbers_in_a_query_are_digits(server: Server, number: str) -> None:
+    vm = await server.vm()
+    for place in (f"/v1/vms/{vm}/exec-logs", f"/v1/vms/{vm}/logs", "/v1/admin/activity"):
+        name = "tail" if place.endswith("/logs") else "limit"
+        assert (await server.client.get(place, headers=KEY, params={name: "10"})).status_code == 200
+        answer = await server.client.get(place, headers=KEY, params={name: number})
+        assert (answer.status_code, answer.json()["message"]) == (400, f"{name}: must be an integer, in digits")
 
 
 def try_operation(operation: Any, base_url: str, server: Server, *, negative: bool) -> None:

@@ -46,6 +46,8 @@ HOSTILE: dict[str, tuple[str, bytes]] = {
     "gzip with a wrong checksum": ("not_gzip", whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]),
     "gzip with a wrong length": ("not_gzip", whole[:-1] + bytes([whole[-1] ^ 1])),
     "garbage behind the gzip": ("not_gzip", whole + b"garbage behind the end"),
+    "little garbage behind the gzip": ("not_gzip", whole + b"garbage"),
+    "one letter": ("not_gzip", b"g"),
     "zeros behind the gzip": ("not_gzip", whole + bytes(64)),
     "half a second member": ("truncated", whole + whole[:10]),
     "gzip of nothing": ("truncated", gzip.compress(b"")),
@@ -169,6 +171,12 @@ async def test_is_refused_with_its_reason(name: str) -> None:
         await check(data)
     assert (caught.value.code, caught.value.details["reason"]) == ("archive_invalid", reason)
     assert caught.value.message.isprintable() and len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("behind", [b"g", b"garbage", b"garbage behind the end", bytes(3), bytes(64), whole[:10], GOOD])
+async def test_what_follows_the_archive_is_told_as_such(behind: bytes) -> None:
+    with pytest.raises(InvalidInput, match="follows the archive"):
+        await check(whole + behind, step=len(whole) + 1)
 
 
 @pytest.mark.parametrize("step", [7, 511, 513])

@@ -284,6 +284,7 @@ async def test_what_a_script_may_say(text: bytes) -> None:
     has_result, value, error = RESULTS[text]
     assert (result.has_result, result.result) == (has_result, value)
     assert (result.error or {}).get("name") == error
+    assert result.exit_code == (0 if error is None else 1)
 
 
 async def test_the_errors_of_a_script_are_read_alike() -> None:

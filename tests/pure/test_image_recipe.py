@@ -65,6 +65,15 @@ def test_an_image_is_found_only_when_it_is_complete(tmp_path: Path) -> None:
     assert image.find_image(tmp_path) is None
 
 
+def test_an_upgrade_on_disk_does_not_hide_the_image_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete_image(tmp_path, image.current_recipe())
+    monkeypatch.setattr(image, "recipe_hash", lambda: "00ff")
+    found = image.find_image(tmp_path)
+    assert found is not None and found.id == image.current_recipe() != "00ff"
+
+
 def test_images_of_older_recipes_are_listed_and_unfinished_ones_are_not(tmp_path: Path) -> None:
     complete_image(tmp_path, "00ff")
     complete_image(tmp_path, "0aaa")

@@ -59,7 +59,8 @@ async def test_too_much_memory_harms_the_guest_alone_and_is_told(lab: Lab, hog: 
     told = await asyncio.wait_for(call(machine, f"({hog}) 2> /dev/null; echo survived", as_user=True), 60)
     assert "survived" not in told
     end = await asyncio.wait_for(machine.wait(), 30)
-    assert end.reason == "out_of_memory"
+    assert end.reason == "out_of_memory" and end.oom_kills > 0
+    assert end.memory_peak is None or end.memory_peak > 100 << 20, "as this host's kernel tells it"
 
 
 async def test_filling_the_temporary_directories_alone_is_no_end(lab: Lab) -> None:

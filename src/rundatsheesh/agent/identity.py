@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import time
 
 from . import libc, limits, network
@@ -104,6 +105,20 @@ def _mount_workspace() -> None:
     """Only now: what a kernel remembered of another disk would be wrong for this one."""
     libc.unmount(_WORKSPACE)  # the fresh one
     _mount(_WORKSPACE_DISK)
+    _open_to_owner(_WORKSPACE)
+
+
+def _open_to_owner(directory: str) -> None:
+    """The user may close the workspace to itself, and no command could start in it then, for good."""
+    root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        mode = stat.S_IMODE(os.fstat(root).st_mode)
+        if mode & stat.S_IRWXU != stat.S_IRWXU:
+            os.fchmod(root, mode | stat.S_IRWXU)
+    except OSError as error:  # a damaged file system is read-only: what can be read of it still is
+        say(f"the workspace keeps its mode: {error}")
+    finally:
+        os.close(root)
 
 
 def _check_workspace() -> None:

@@ -252,9 +252,10 @@ class _Run:
         if not isinstance(timed_out, bool):
             raise GuestMisbehaved("no word about the deadline")
         has_result, result, error = self._script_values()
+        exit_code = _integer(answer.get("exit_code"), 255)
         return replace(
             self.partial(),
-            exit_code=_integer(answer.get("exit_code"), 255),
+            exit_code=1 if error is not None and exit_code == 0 else exit_code,
             duration_ms=min(_integer(answer.get("duration_ms"), _MAX_INT), self._elapsed_ms()),
             timed_out=timed_out,
             has_result=has_result,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -33,17 +34,27 @@ class Capture:
             self._trim()
 
     def text(self) -> str:
-        """UTF-8, with U+FFFD for what is not."""
+        """UTF-8, with U+FFFD for what is not. Of a character that the cut went through nothing is kept."""
         self._trim()
         if not self.left_out:
             return (self._head + self._tail).decode(errors="replace")
-        mark = f"\n... [{self.left_out} bytes left out] ...\n"
-        return self._head.decode(errors="replace") + mark + self._tail.decode(errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        head = decoder.decode(self._head)
+        begun = len(decoder.getstate()[0])  # bytes of a character that would go on
+        rest = _continuation(self._tail)
+        mark = f"\n... [{self.left_out + begun + rest} bytes left out] ...\n"
+        return head + mark + self._tail[rest:].decode(errors="replace")
 
     def _trim(self) -> None:
         excess = max(0, len(self._tail) - self._tail_limit)
         self.left_out += excess
         del self._tail[:excess]
+
+
+def _continuation(tail: bytearray) -> int:
+    """How many bytes at the beginning can be the end of a character. More than three in a row are of none."""
+    count = next((at for at, byte in enumerate(tail[:4]) if byte & 0xC0 != 0x80), len(tail[:4]))
+    return count if count <= 3 else 0
 
 
 class Value:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from rundatsheesh.manager import vms_notes
 from rundatsheesh.manager.engines.base import Engine
-from rundatsheesh.manager.errors import Forbidden, LimitReached, NotFound, RdsError
+from rundatsheesh.manager.errors import Forbidden, LimitReached, NotFound, RdsError, Unavailable
 from rundatsheesh.manager.model import (
     HIDDEN,
     Caller,
@@ -36,6 +37,7 @@ from rundatsheesh.manager.vms_running import RunningVm
 log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE = 10.0  # seconds for a guest to end its processes and flush its disk
+IMAGE_RETRY_S = 5.0  # somebody may be building it; as /health/ready says
 MANAGER = Caller(request_id="-", who="manager")
 STARTABLE = frozenset({State.STOPPED, State.ERROR})
 # Every state that a caller can see.
@@ -200,6 +202,7 @@ class Vms:
             vm.touch()
         self.lifetimes_changed.set()
         await self._host.network.set_policy(record.slot, spec.policy)
+        await self._host.note(record, vms_notes.GIVEN_OUT)
         return record
 
     async def start(self, vm_id: str, caller: Caller) -> None:
@@ -232,6 +235,7 @@ class Vms:
         if vm is not None:
             await vm.shut_down(SHUTDOWN_GRACE)
         await self._host.take_down(record)
+        await self._host.note(record, vms_notes.stopped(reason))
         await self._store.move(record.id, {State.STOPPING}, State.STOPPED, reason=reason)
         await self._store.history.record_activity("vm.stop", caller=caller, vm_id=record.id, reason=reason)
 
@@ -295,6 +299,8 @@ class Vms:
             if vm.record.state is State.WARM:
                 await self.release(vm.record, reason)
                 return
+            said = vms_notes.ended(reason, vm.record, vm.exit)
+            is_noted = await self._host.note(vm.record, said)
             # First what is shown: should something not go away, the audit finds it.
             try:
                 await self._store.move(vm.record.id, {State.RUNNING}, State.ERROR, reason=reason)
@@ -302,6 +308,8 @@ class Vms:
                 del self.running_vms[vm.record.id]  # until then `get` sees from it that the record is about to change
             await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=vm.record.id, reason=reason)
             await self._host.take_down(vm.record)
+            if not is_noted:  # the guest had filled the place where its logs were until now
+                await self._host.note(vm.record, said)
 
     def is_worked_on(self, vm_id: str) -> bool:
         return self.locks.is_held(vm_id)
@@ -319,7 +327,8 @@ class Vms:
         default = self._images.default()
         if wanted in (None, "default"):
             if default is None:
-                raise NotFound("no guest image on this host", code="image_not_found", hint="run `rds setup`")
+                hint = "`rds setup` builds it, and the server finds it then"
+                raise Unavailable("the guest image is missing", code="not_ready", hint=hint, retry_after=IMAGE_RETRY_S)
             return default
         if not self._images.exists(str(wanted)):
             raise NotFound(f"no image {str(wanted)[:64]!r}", code="image_not_found")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from isal import isal_zlib
+from starlette.requests import ClientDisconnect
 
 from rundatsheesh.manager.disk.archive import UploadLimits, check_upload
 from rundatsheesh.manager.errors import InvalidInput, NotFound, RdsError
@@ -51,7 +52,7 @@ class _Outcome:
     """What the log keeps of a call."""
 
     exit_code: int | None = None
-    bytes_in: int | None = None
+    bytes_in: int | None = None  # where it is not what the log keeps as the call's input
     bytes_out: int = 0
     timed_out: bool = False
     duration_ms: int | None = None
@@ -124,7 +125,7 @@ class VmCalls:
             try:
                 return _note(outcome, await guest.exec(request))
             except NotFound as missing:  # the VM is there: what is not is a directory that the body names
-                raise InvalidInput(f"cwd: {missing.message}", code=missing.code) from None
+                raise InvalidInput(f"cwd: {missing.message}", code="invalid_cwd") from None
 
     async def run_script(self, vm_id: str, call: ScriptCall, caller: Caller) -> CallResult:
         """Run TypeScript or JavaScript; raises as `exec`."""
@@ -150,9 +151,9 @@ class VmCalls:
         vm = await self._vms.find_running(vm_id)
         limits = UploadLimits(self._settings.max_upload_bytes, vm.record.spec.disk_mb << 20)
         async with self._logged(vm, "upload", dest, caller) as (outcome, guest), self._mover(vm, guest) as mover:
+            outcome.bytes_in = 0
             with tempfile.TemporaryFile(dir=self._host.layout.spool, buffering=1 << 20) as spool:
-                checked = await check_upload(body, cast(BinaryIO, spool), limits)
-                outcome.bytes_in = spool.tell()
+                checked = await check_upload(_counted(body, outcome), cast(BinaryIO, spool), limits)
                 await (await mover.ready()).upload(dest, checked.manifest, checked.canonical_chunks())
             await _forget(outcome.bytes_in)
 
@@ -202,6 +203,8 @@ class VmCalls:
         except RdsError as problem:
             error = problem.code
             raise
+        except ClientDisconnect:  # in the middle of an upload's body
+            raise
         except Exception:
             error = RdsError.code
             raise
@@ -216,6 +219,13 @@ class VmCalls:
                 timed_out=outcome.timed_out,
                 error=error,
             )
+
+
+async def _counted(body: AsyncIterator[bytes], outcome: _Outcome) -> AsyncIterator[bytes]:
+    """The body, noted as it comes: what becomes of the upload changes nothing about what arrived."""
+    async for chunk in body:
+        outcome.bytes_in = (outcome.bytes_in or 0) + len(chunk)
+        yield chunk
 
 
 def _note(outcome: _Outcome, result: CallResult) -> CallResult:

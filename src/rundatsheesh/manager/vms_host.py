@@ -6,12 +6,15 @@ import asyncio
 import logging
 import secrets
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rundatsheesh.manager import vms_notes
 from rundatsheesh.manager.disk.worker import Workers
+from rundatsheesh.manager.engines import logs
 from rundatsheesh.manager.engines.base import Engine, VmFiles
 from rundatsheesh.manager.errors import HostError, InvalidInput, NetworkError, Unavailable
 from rundatsheesh.manager.guest import ExecRequest, Identity, ScriptRequest
@@ -77,6 +80,7 @@ class VmHost:
         """Network, machine, agent, identity: returns when the guest answers as itself. On failure the machine and the
         network are gone again."""
         engine = self.engine_of(record)
+        begun = time.monotonic()
         try:
             await self.network.attach(record.slot, record.spec.policy, kind=engine.link)
             machine = await engine.start(record, self.files(record))
@@ -84,13 +88,19 @@ class VmHost:
             try:
                 async with running.call() as guest:
                     await guest.configure(_identity(record, mount_workspace=not machine.has_workspace))
+                await self.note(record, vms_notes.started(record, _milliseconds_since(begun)))
             except BaseException:
                 await running.detach()
                 raise
-        except BaseException:
-            await asyncio.shield(self.take_down(record))
+        except BaseException as error:
+            said = vms_notes.not_started(error, _milliseconds_since(begun))
+            await asyncio.shield(asyncio.ensure_future(self._give_up(record, said)))
             raise
         return running
+
+    async def _give_up(self, record: VmRecord, said: str) -> None:
+        await self.take_down(record)
+        await self.note(record, said)
 
     async def rehearse(self, running: RunningVm) -> None:
         """Let the guest do once, on nobody's time, what its first caller would wait for: programs are mapped, their
@@ -110,6 +120,7 @@ class VmHost:
         if running.guest.hello.boot_id != record.boot_id:
             await running.end("replaced")
             return None
+        await self.note(record, vms_notes.ADOPTED)
         return running
 
     async def _adopt_network(self, record: VmRecord) -> None:
@@ -119,6 +130,10 @@ class VmHost:
         except NetworkError as error:
             log.warning("the network of %s is adopted once more: %s", record.id, error)
             await self.network.adopt(record.slot, record.spec.policy)
+
+    async def note(self, record: VmRecord, text: str) -> bool:
+        """Say something in the VM's engine log; whether that could be written. Never raises."""
+        return await in_thread(logs.note, self.files(record).engine_log, text)
 
     async def take_down(self, record: VmRecord) -> None:
         """No process and no network of the VM is left; its disk and logs stay."""
@@ -151,6 +166,10 @@ def _identity(record: VmRecord, *, mount_workspace: bool) -> Identity:
         mount_workspace=mount_workspace,
         boot_id=uuid.uuid4().hex,
     )
+
+
+def _milliseconds_since(begun: float) -> int:
+    return int((time.monotonic() - begun) * 1000)
 
 
 def _remove_tree(directory: Path) -> None:

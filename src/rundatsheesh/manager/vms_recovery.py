@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from rundatsheesh.manager import vms_notes
 from rundatsheesh.manager.errors import RdsError
 from rundatsheesh.manager.model import State, VmRecord
 from rundatsheesh.manager.store import Store
@@ -89,7 +90,7 @@ class VmRecovery:
             return partial(self._vms.release, record, INTERRUPTED)
         if record.state in _ON_ITS_WAY:
             await self._store.move(record.id, {record.state}, State.STOPPED, reason=INTERRUPTED)
-            return partial(self._finish_stop if record.state is State.STOPPING else self._host.take_down, record)
+            return partial(self._finish_stop if record.state is State.STOPPING else self._abandon_start, record)
         return None
 
     async def _finish_stop(self, record: VmRecord) -> None:
@@ -100,7 +101,14 @@ class VmRecovery:
                 await vm.shut_down(SHUTDOWN_GRACE)
         except (RdsError, OSError) as error:
             log.info("%s does not shut down by itself: %s", record.id, error)
+        await self._take_down(record, vms_notes.stopped(INTERRUPTED))
+
+    async def _abandon_start(self, record: VmRecord) -> None:
+        await self._take_down(record, vms_notes.stopped(INTERRUPTED))
+
+    async def _take_down(self, record: VmRecord, said: str) -> None:
         await self._host.take_down(record)
+        await self._host.note(record, said)
 
     async def _adopt(self, record: VmRecord) -> str | None:
         """None once the guest is ours; else the reason why it cannot be."""
@@ -118,4 +126,4 @@ class VmRecovery:
     async def _declare_dead(self, record: VmRecord, reason: str) -> CleanUp:
         await self._store.move(record.id, {State.RUNNING}, State.ERROR, reason=reason)
         await self._store.history.record_activity("vm.died", caller=MANAGER, vm_id=record.id, reason=reason)
-        return partial(self._host.take_down, record)
+        return partial(self._take_down, record, vms_notes.ended(reason, record, None))

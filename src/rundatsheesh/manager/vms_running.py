@@ -56,6 +56,7 @@ class RunningVm:
         self._freeze_timer: asyncio.TimerHandle | None = None
         self._verdict: str | None = None  # why we ended it, where we did
         self._expected = False
+        self.exit: Exit | None = None  # once the machine has ended
         self._concluded = asyncio.Event()
         self._exit: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._tasks = {asyncio.create_task(self._watch_machine())}
@@ -182,6 +183,7 @@ class RunningVm:
         await self._conclude(ended)
 
     async def _conclude(self, ended: Exit) -> None:
+        self.exit = ended
         reason = self._verdict or ended.reason
         if not self._exit.done():
             self._exit.set_result(reason)

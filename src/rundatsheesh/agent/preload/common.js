@@ -17,6 +17,7 @@ const { slice, toWellFormed } = String.prototype;
 const { encode } = TextEncoder.prototype;
 const encoder = new TextEncoder();
 const MAX_TEXT = 1 << 16; // characters of an error's message, and of its stack
+const MAX_DEPTH = 200; // of nested arrays and objects; the host believes no more (manager/guest_output.py)
 
 const cut = (text) => (text.length > MAX_TEXT ? apply(slice, text, [0, MAX_TEXT]) + "…" : text);
 const byteLength = (text) => apply(encode, encoder, [text]).length;
@@ -56,6 +57,13 @@ function plain(item) {
   return item;
 }
 
+// Throws a RangeError that begins where the program called `set`.
+function refuse(message) {
+  const error = new RangeErrorClass(message);
+  captureStackTrace(error, result.set);
+  throw error;
+}
+
 // JSON text, or undefined where JSON.stringify says so. Only an object inside itself is a cycle, not one met twice.
 function toJson(value) {
   const above = []; // the objects around the item, as the program knows them
@@ -67,6 +75,7 @@ function toJson(value) {
     if (typeof item === "string") return apply(toWellFormed, item, []);
     if (typeof item !== "object" || item === null) return item;
     for (let i = 0; i < depth; i++) if (above[i] === item) return "[Circular]";
+    if (depth === MAX_DEPTH) refuse(`The value is nested deeper than the limit of ${MAX_DEPTH}`);
     above[depth] = item;
     shown[depth] = plain(item);
     return shown[depth++];
@@ -114,11 +123,7 @@ const result = freeze({
   set(value) {
     const json = toJson(value) ?? "null";
     const size = json.length > LIMIT ? json.length : byteLength(json);
-    if (size > LIMIT) {
-      const error = new RangeErrorClass(`The result is ${size} bytes of JSON, the limit is ${LIMIT}`);
-      captureStackTrace(error, result.set);
-      throw error;
-    }
+    if (size > LIMIT) refuse(`The result is ${size} bytes of JSON, the limit is ${LIMIT}`);
     write("r", json);
   },
   // Returns `error` to the caller and lets the program end with an exit code other than 0. The program goes on.

@@ -10,7 +10,7 @@ from rundatsheesh.manager.api import parse, views
 from rundatsheesh.manager.api.auth import caller_of, require_admin, require_admin_session
 from rundatsheesh.manager.api.context import KeyId, context_of, services_of
 from rundatsheesh.manager.api.openapi import operation
-from rundatsheesh.manager.api.requests import read_json, read_nothing, read_query
+from rundatsheesh.manager.api.requests import read_json, read_no_query, read_nothing, read_query
 from rundatsheesh.manager.api.schemas.admin import (
     ActivityQuery,
     ActivityView,
@@ -49,9 +49,10 @@ async def create_api_key(request: Request) -> Response:
     return views.answer({**views.api_key(key), "secret": secret}, 201)
 
 
-@router.get("/api-keys", **operation("listApiKeys", "List API keys, the revoked too", answer=_KEYS, errors=(403,)))
+@router.get("/api-keys", **operation("listApiKeys", "List API keys, the revoked too", answer=_KEYS, errors=(400, 403)))
 async def list_api_keys(request: Request) -> Response:
     require_admin_session(request.scope)
+    read_no_query(request)
     keys = await services_of(request).credentials.list_api_keys()
     return views.answer([views.api_key(key) for key in keys])
 
@@ -69,9 +70,10 @@ async def revoke_api_key(request: Request, key_id: KeyId) -> Response:
     return views.answer(views.api_key(key))
 
 
-@router.get("/overview", **operation("getOverview", "How full this host is", answer=OverviewView, errors=(403,)))
+@router.get("/overview", **operation("getOverview", "How full this host is", answer=OverviewView, errors=(400, 403)))
 async def get_overview(request: Request) -> Response:
     require_admin(request.scope)
+    read_no_query(request)
     return views.answer(views.overview(await services_of(request).overview()))
 
 
@@ -89,9 +91,10 @@ async def get_activity(request: Request) -> Response:
     return views.answer({"entries": shown, "hasMore": len(entries) > limit})
 
 
-@router.get("/leaks", **operation("getLeaks", "Compare the records with the host", answer=LeaksView, errors=(403,)))
+@router.get("/leaks", **operation("getLeaks", "Compare the records with the host", answer=LeaksView, errors=(400, 403)))
 async def get_leaks(request: Request) -> Response:
     require_admin(request.scope)
+    read_no_query(request)
     return views.answer({"leaks": [views.leak(leak) for leak in await services_of(request).audit()]})
 
 

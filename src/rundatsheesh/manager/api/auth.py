@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from rundatsheesh.manager.api.problems import Unauthenticated
-from rundatsheesh.manager.api.ratelimit import Throttle, TokenBuckets
+from rundatsheesh.manager.api.ratelimit import TOO_MANY, Clock, Recent, Throttle, TokenBuckets
 from rundatsheesh.manager.api.services import CredentialService
 from rundatsheesh.manager.errors import Forbidden, InvalidInput, LimitReached
 from rundatsheesh.manager.model import ApiKey, Caller, Rights, Scope, Session, now
@@ -29,6 +29,11 @@ CACHE_S = 10.0  # how long another manager's revocation may take to be seen here
 MAX_CACHED = 1024
 MARK_USED_S = 60.0
 BAD_CREDENTIALS_PER_MINUTE = 600  # per address: bounds the database look-ups that guessing can cause
+# Wrong logins. These brakes refill, so that whoever fails now and then holds nobody up; one address alone cannot use up
+# what all have together.
+WRONG_LOGINS_PER_ADDRESS_AND_MINUTE = 30
+WRONG_LOGINS_PER_MINUTE = 120
+KNOWN_ADDRESS_S = 30 * 24 * 3600.0  # for so long after a login its address is not held up by what others do
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -47,7 +52,7 @@ class Identity:
 class Authenticator:
     """Proves callers. The main key costs no look-up; sessions and further keys are remembered for CACHE_S."""
 
-    def __init__(self, settings: Settings, credentials: CredentialService) -> None:
+    def __init__(self, settings: Settings, credentials: CredentialService, clock: Clock = time.monotonic) -> None:
         self._credentials = credentials
         self._main_key = _digest(settings.effective_api_key)
         email, password = settings.effective_admin
@@ -56,8 +61,10 @@ class Authenticator:
         self._generation = 0  # of revocations: a look-up that overlaps one is not remembered
         self._marked: OrderedDict[str, float] = OrderedDict()
         self._guesses = TokenBuckets(BAD_CREDENTIALS_PER_MINUTE, "wrong credentials")
-        self.logins = Throttle(free=5, longest=300)
-        self.all_logins = Throttle(free=50, longest=60)
+        self.logins = Throttle(free=5, longest=300, clock=clock)
+        self._wrong_here = TokenBuckets(WRONG_LOGINS_PER_ADDRESS_AND_MINUTE, "wrong logins", clock, TOO_MANY)
+        self._wrong_anywhere = TokenBuckets(WRONG_LOGINS_PER_MINUTE, "wrong logins", clock, TOO_MANY)
+        self._known_addresses = Recent(KNOWN_ADDRESS_S, clock)
 
     async def identify(self, connection: HTTPConnection) -> Identity:
         """Raises Unauthenticated. An API key, where given, is the only thing that counts."""
@@ -104,15 +111,23 @@ class Authenticator:
         """A new session and its token. Raises Unauthenticated, and LimitReached after repeated failures."""
         throttle_key = f"{address} {_digest(email).hex()}"
         self.logins.check(throttle_key)
-        self.all_logins.check("")
+        self._wrong_here.check(address)
+        if address not in self._known_addresses:
+            self._wrong_anywhere.check("")
         right_email = hmac.compare_digest(_digest(email), self._admin[0])
         right_password = hmac.compare_digest(_digest(password), self._admin[1])
         if not (right_email and right_password):
-            self.logins.fail(throttle_key)
-            self.all_logins.fail("")
+            self._note_wrong_login(throttle_key, address)
             raise Unauthenticated("wrong e-mail or password", code="wrong_login")
         self.logins.succeed(throttle_key)
+        self._known_addresses.note(address)
         return await self._credentials.create_session(email)
+
+    def _note_wrong_login(self, throttle_key: str, address: str) -> None:
+        self.logins.fail(throttle_key)
+        self._wrong_here.take(address)
+        if address not in self._known_addresses:
+            self._wrong_anywhere.take("")
 
     async def log_out(self, connection: HTTPConnection) -> None:
         """Revoke the session of the request's cookie, if it has one."""

@@ -29,9 +29,12 @@ _DESCRIPTIONS = {
     429: "Too many calls, or a quota is used up. `Retry-After` says when to try again.",
     500: "The server failed.",
     502: "The VM died during the call, or its agent misbehaved.",
-    503: "Not ready, or out of capacity. `Retry-After` says when to try again.",
+    503: "Not ready, stopping, or out of capacity or storage. `Retry-After` says when to try again.",
     504: "The guest did not answer in time.",
 }
+# What a call can be answered before it is looked at: a host name that the development key does not serve, and a server
+# that stops. And whatever writes to the database can find its disk full.
+ALWAYS = (403, 500, 503)
 GUEST_ERRORS = (502, 503, 504)
 _TITLE = "run-dat-sheesh"
 _ABOUT = "Runs untrusted code in sandboxes and virtual machines. A guide is at [/docs/](/docs/)."
@@ -51,7 +54,7 @@ def operation(
 ) -> Json:
     """Keyword arguments for a route decorator. `answer` and `body` are models, or OpenAPI content by media type;
     `headers` describes optional ones by name."""
-    codes = {*errors, 500, *(() if public else (401, 403, 429))}
+    codes = {*errors, *ALWAYS, *(() if public else (401, 429))}
     responses: dict[int | str, Json] = {status: _answer(answer)}
     responses |= {code: {"model": Problem, "description": _DESCRIPTIONS[code]} for code in sorted(codes)}
     extra: Json = {}

@@ -10,6 +10,8 @@ from rundatsheesh.manager.errors import LimitReached
 
 MAX_TRACKED = 10_000  # callers remembered per table; the one longest idle goes first
 
+TOO_MANY = "too_many_failures"
+
 Clock = Callable[[], float]
 
 
@@ -29,22 +31,32 @@ class TokenBuckets:
     def take(self, key: str, per_minute: int = 0) -> None:
         """Raises LimitReached (`rate_limited`) with the time until the next token."""
         capacity = float(per_minute if self._per_minute is None else self._per_minute)
-        refill = capacity / 60
         if capacity == 0:
             return
-        at = self._clock()
-        tokens, since = self._buckets.pop(key, (capacity, at))
-        tokens = min(capacity, tokens + (at - since) * refill)
-        allowed = tokens >= 1
-        self._buckets[key] = (tokens - 1 if allowed else tokens, at)
+        tokens = self._left(key, capacity)
+        self._buckets.pop(key, None)
+        self._buckets[key] = (tokens - 1 if tokens >= 1 else tokens, self._clock())
         if len(self._buckets) > MAX_TRACKED:
             self._buckets.popitem(last=False)
-        if not allowed:
+        self._refuse_below_one(tokens, capacity)
+
+    def check(self, key: str) -> None:
+        """Raises as `take` would, and takes nothing: for what is known to cost a token only afterwards."""
+        if self._per_minute:
+            capacity = float(self._per_minute)
+            self._refuse_below_one(self._left(key, capacity), capacity)
+
+    def _left(self, key: str, capacity: float) -> float:
+        tokens, since = self._buckets.get(key, (capacity, self._clock()))
+        return min(capacity, tokens + (self._clock() - since) * capacity / 60)
+
+    def _refuse_below_one(self, tokens: float, capacity: float) -> None:
+        if tokens < 1:
             raise LimitReached(
                 f"more than {capacity:.0f} {self._what} per minute",
                 code=self._code,
                 details={"limit": int(capacity)},
-                retry_after=(1 - tokens) / refill,
+                retry_after=(1 - tokens) * 60 / capacity,
             )
 
 
@@ -63,13 +75,11 @@ class Throttle:
         self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, when the last was
 
     def check(self, key: str) -> None:
-        """Raises LimitReached (`too_many_failures`) while the key has to wait."""
+        """Raises LimitReached (TOO_MANY) while the key has to wait."""
         count, last = self._failures.get(key, (0, 0.0))
         wait = last + self._pause(count) - self._clock()
         if wait > 0:
-            raise LimitReached(
-                "too many failed attempts", code="too_many_failures", hint="wait and try again", retry_after=wait
-            )
+            raise LimitReached("too many failed attempts", code=TOO_MANY, hint="wait and try again", retry_after=wait)
 
     def fail(self, key: str) -> None:
         at = self._clock()
@@ -88,3 +98,22 @@ class Throttle:
         if count < self._free:
             return 0.0
         return float(min(self._longest, 2 ** min(count - self._free, 30)))
+
+
+class Recent:
+    """The keys that were noted in the last `seconds`: the newest MAX_TRACKED of them."""
+
+    def __init__(self, seconds: float, clock: Clock = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._noted: OrderedDict[str, float] = OrderedDict()
+
+    def note(self, key: str) -> None:
+        self._noted[key] = self._clock()
+        self._noted.move_to_end(key)
+        if len(self._noted) > MAX_TRACKED:
+            self._noted.popitem(last=False)
+
+    def __contains__(self, key: str) -> bool:
+        at = self._noted.get(key)
+        return at is not None and self._clock() - at < self._seconds

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, from_json
 from starlette.requests import Request
 
 from rundatsheesh.manager.api.problems import RequestTimeout
-from rundatsheesh.manager.api.schemas.base import NO_NUL, ONE_LINE
+from rundatsheesh.manager.api.schemas.base import NO_NUL, ONE_LINE, NoQuery
 from rundatsheesh.manager.api.schemas.run import ENV_KEY, ENV_PAIR, FLAG
 from rundatsheesh.manager.api.schemas.vms import LABEL_KEY
 from rundatsheesh.manager.errors import InvalidInput, TooLarge
@@ -37,7 +37,9 @@ _PATTERNS = {
 
 
 async def read_json(request: Request, model: type[M]) -> M:
-    """The body as `model`, whatever its content type says. Raises InvalidInput, TooLarge, RequestTimeout."""
+    """The body as `model`, whatever its content type says; there is no query. Raises InvalidInput, TooLarge,
+    RequestTimeout."""
+    read_no_query(request)
     data = await _read_body(request)
     if not data.strip():
         raise InvalidInput("the body is empty; it must be a JSON object", code="malformed_json")
@@ -45,10 +47,16 @@ async def read_json(request: Request, model: type[M]) -> M:
 
 
 async def read_nothing(request: Request) -> None:
-    """For calls without fields: an empty body or `{}`; anything else is refused by name."""
+    """For calls without fields: no query, and an empty body or `{}`; anything else is refused by name."""
+    read_no_query(request)
     data = await _read_body(request)
     if data.strip():
         _validate(_load_object(data), _NoFields)
+
+
+def read_no_query(request: Request) -> None:
+    """For calls without query parameters: any is refused by name."""
+    read_query(request, NoQuery)
 
 
 def read_query(request: Request, model: type[M]) -> M:

@@ -13,7 +13,7 @@ from rundatsheesh.manager.api.auth import authorize, identity_of
 from rundatsheesh.manager.api.context import VmId, context_of, services_of
 from rundatsheesh.manager.api.egress import check_ceiling
 from rundatsheesh.manager.api.openapi import GUEST_ERRORS, operation
-from rundatsheesh.manager.api.requests import read_json, read_nothing, read_query
+from rundatsheesh.manager.api.requests import read_json, read_no_query, read_nothing, read_query
 from rundatsheesh.manager.api.schemas.vms import (
     CreateVmBody,
     ExecLogsQuery,
@@ -68,9 +68,10 @@ async def list_vms(request: Request) -> Response:
     return views.answer([views.vm(record) for record in records])
 
 
-@router.get("/{vm_id:ident}", **operation("getVm", "Look at a VM", answer=VmView, errors=(404,)))
+@router.get("/{vm_id:ident}", **operation("getVm", "Look at a VM", answer=VmView, errors=(400, 404)))
 async def get_vm(request: Request, vm_id: VmId) -> Response:
     authorize(request.scope, Scope.VM_READ)
+    read_no_query(request)
     return views.answer(views.vm(await services_of(request).vms.get(vm_id)))
 
 

@@ -14,6 +14,7 @@ IMAGE_CACHE/
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -91,9 +92,15 @@ async def _make_root(build: Build) -> None:
 STEPS: tuple[Callable[[Build], Awaitable[None]], ...] = (_make_root,)
 
 
+@functools.cache
+def current_recipe() -> str:
+    """The recipe of this process. An upgrade of the files on disk does not part a running server from its image."""
+    return recipe_hash()
+
+
 def find_image(cache: Path, image_id: str | None = None) -> Image | None:
     """The image of this recipe, or of the id given; None when it was not built here."""
-    directory = cache / "images" / (image_id or recipe_hash())
+    directory = cache / "images" / (image_id or current_recipe())
     return _read(directory) if (directory / "manifest.json").is_file() else None
 
 
@@ -139,7 +146,7 @@ async def build_image(where: Path, environment: Mapping[str, str], report: Repor
     """Build this recipe's image in a new directory beneath `where`. On any failure nothing of it is left."""
     if os.geteuid() != 0:
         raise HostError("only root can build a guest image, whose files belong to root")
-    recipe = recipe_hash()
+    recipe = current_recipe()
     directory = await asyncio.to_thread(_new_directory, where)
     try:
         build = Build(recipe, directory, environment, report)

@@ -37,6 +37,7 @@ MAX_NODES = 2 * MAX_ENTRIES
 MAX_TABLE_BYTES = 16 << 20
 # A member of 20 bytes decompresses to nothing; block compressors write one member per 64 KiB.
 MAX_GZIP_MEMBERS = 262_144
+GZIP_MAGIC = b"\x1f\x8b"
 # Deflate cannot exceed 1032:1. Real files stay far below 200:1, small ones may be anything.
 BOMB_RATIO = 200
 BOMB_FLOOR = 128 << 20
@@ -236,12 +237,14 @@ class GzipReader:
     def __init__(self) -> None:
         self._member: igzip_lib.IgzipDecompressor | None = None
         self._members = 0
+        self._begin = b""  # of the member that is read now, as much as GZIP_MAGIC has
 
     def feed(self, compressed: bytes) -> Iterator[bytes]:
         """Yield what the bytes decompress to, in pieces of at most CHUNK; checks each member's checksum."""
         while compressed:
             if self._member is None:
                 self._member = self._next_member()
+            self._begin += compressed[: len(GZIP_MAGIC) - len(self._begin)]
             yield from self._inflate(self._member, compressed)
             compressed = b""
             if self._member.eof:
@@ -249,11 +252,21 @@ class GzipReader:
                 self._member = None
 
     def close(self) -> None:
-        if self._member is not None or self._members == 0:
-            raise refusal("truncated", "the gzip stream is cut off" if self._members else "it is empty")
+        if self._members == 0:
+            raise refusal("truncated", "it is empty")
+        if self._member is None:
+            return
+        if not GZIP_MAGIC.startswith(self._begin):
+            raise refusal("not_gzip", self._not_gzip())
+        follows = "" if self._members == 1 else ", or something else follows the archive"
+        raise refusal("truncated", f"the gzip stream is cut off{follows}")
+
+    def _not_gzip(self) -> str:
+        return "it is not gzip" if self._members == 1 else "something that is not gzip follows the archive"
 
     def _next_member(self) -> igzip_lib.IgzipDecompressor:
         self._members += 1
+        self._begin = b""
         if self._members > MAX_GZIP_MEMBERS:
             raise refusal("bomb", "it consists of too many gzip members")
         return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
@@ -263,8 +276,7 @@ class GzipReader:
             try:
                 piece = member.decompress(compressed, CHUNK)
             except _GzipError as error:
-                where = "it is not gzip" if self._members == 1 else "what follows a gzip member is not gzip"
-                raise refusal("not_gzip", f"{where}, or it is damaged ({error})") from error
+                raise refusal("not_gzip", f"{self._not_gzip()}, or it is damaged ({error})") from error
             if piece:
                 yield piece
             if member.eof or member.needs_input:

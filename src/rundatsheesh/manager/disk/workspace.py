@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,8 +64,8 @@ def copy_in_memory(template: int) -> int:
 
 
 async def mount(path: Path, mountpoint: Path) -> None:
-    """Mount the disk; the directory is made when missing. Does nothing when exactly this disk is mounted there already.
-    Raises StorageFull, HostError."""
+    """Mount the disk, whose owner can enter its root then; the directory is made when missing. Does nothing when just
+    this disk is mounted there already. Raises StorageFull, HostError."""
     with _storage_errors(path):
         await in_thread(_mount, path, mountpoint)
 
@@ -160,6 +161,20 @@ def _mount(path: Path, mountpoint: Path) -> None:
         # Not noexec: the guest's programs are mapped from here.
         flags = Flag.NOSUID | Flag.NODEV | Flag.NOATIME
         mounts.mount(str(device), mountpoint, "ext4", flags, _MOUNT_OPTIONS)
+    _open_to_owner(mountpoint)
+
+
+def _open_to_owner(mountpoint: Path) -> None:
+    """The guest's user may close the root directory to itself, and nothing in the guest could work then, for good."""
+    root = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        mode = stat.S_IMODE(os.fstat(root).st_mode)
+        if mode & stat.S_IRWXU != stat.S_IRWXU:
+            os.fchmod(root, mode | stat.S_IRWXU)
+    except OSError as error:  # a damaged file system is read-only: what can be read of it still is
+        log.warning("the root of %s keeps its mode: %s", mountpoint, error)
+    finally:
+        os.close(root)
 
 
 def _unmount(mountpoint: Path) -> None:

@@ -37,7 +37,9 @@ class Exit:
 
     reason: str
     status: int | None = None  # exit status of the outermost process where it is known
-    evidence: str = ""  # the tail of the engine's log, for the log and for GET /logs
+    evidence: str = ""  # the tail of the engine's log, for the log
+    oom_kills: int = 0  # processes that the host's kernel killed because the guest's group was out of memory
+    memory_peak: int | None = None  # bytes, of the whole group; None where the kernel does not tell
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,10 @@ class GVisorMachine(GroupedMachine):
         await in_thread(self._cgroup.kill)
         await asyncio.gather(*(process.wait() for process in self._processes))
         status = await self._child.wait() if self._child is not None else None
-        return Exit(self._reason(status, crashed), status, gvisor_files.evidence(self._files))
+        reason = self._reason(status, crashed)
+        return Exit(
+            reason, status, gvisor_files.evidence(self._files), self._cgroup.oom_kills(), self._cgroup.memory_peak()
+        )
 
     def _reason(self, status: int | None, crashed: bool) -> str:
         if self._stopping:

@@ -7,6 +7,7 @@ them grow to, whether a manager runs or not. STORAGE_ROOT holds a link to them m
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 KEEP_BYTES = 256 << 10  # of a log, after the guest has ended
@@ -37,6 +38,28 @@ def settle_log(kept: Path, live: Path) -> None:
     new.unlink(missing_ok=True)
     new.write_bytes(read_tail(live, KEEP_BYTES))
     new.replace(kept)
+
+
+def note(kept: Path, text: str) -> bool:
+    """Append a line of the manager's own, with the time. False where it could not be written: a guest may have filled
+    the file system that its logs are in, and a log is no reason to fail for."""
+    at = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
+    line = f"{at}Z manager: {text}\n".encode()
+    live = kept.readlink() if kept.is_symlink() else kept
+    # The runtime directory is also the engine's: whatever a program that broke out of its guest puts in the log's
+    # place is neither followed nor waited for.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        if live is not kept and not live.exists():
+            settle_log(kept, live)  # the host was started anew, and the guest's file system is gone
+            live = kept
+        if live is kept:
+            trim_log(kept)
+            flags |= os.O_CREAT
+        with open(live, "ab", 0, opener=lambda path, _: os.open(path, flags, 0o600)) as file:
+            return file.write(line) == len(line)
+    except OSError:
+        return False
 
 
 def trim_log(live: Path) -> None:

@@ -90,7 +90,7 @@ class QemuMachine(GroupedMachine):
         status = await self._child.wait() if self._child is not None else None
         evidence = await in_thread(qemu_files.evidence, self._files)
         reason = self._reason(evidence)
-        return Exit(reason, status, evidence)
+        return Exit(reason, status, evidence, self._cgroup.oom_kills(), self._cgroup.memory_peak())
 
     def _reason(self, evidence: str) -> str:
         if self._stopping:

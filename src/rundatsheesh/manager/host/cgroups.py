@@ -203,6 +203,15 @@ class Cgroup:
         except FileNotFoundError:
             return 0
 
+    def memory_peak(self) -> int | None:
+        """The most bytes that were in use at once; None where the kernel does not tell, or the group is gone."""
+        v1 = self._v1("memory")
+        try:
+            file = v1 / "memory.max_usage_in_bytes" if v1 is not None else self._v2_file("memory.peak")
+            return int(file.read_text())
+        except (OSError, HostError):
+            return None
+
     def usage(self) -> Usage:
         """Memory in use now and CPU time used so far, of all processes that were ever in it."""
         memory, cpu = self._v1("memory"), self._v1("cpuacct")

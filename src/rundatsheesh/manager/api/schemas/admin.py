@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rundatsheesh.manager.api.schemas.base import Body, Line, Query, Text, Timestamp, View
+from rundatsheesh.manager.api.schemas.base import Body, Line, Query, QueryInt, Text, Timestamp, View
 from rundatsheesh.manager.model import LeakKind
 
 MAX_LIMIT = 1_000_000_000
@@ -105,7 +105,7 @@ class OverviewView(View):
 
 
 class ActivityQuery(Query):
-    limit: int = Field(100, ge=1, le=1000, description="Entries at most, the newest.")
+    limit: QueryInt = Field(100, ge=1, le=1000, description="Entries at most, the newest.")
 
 
 class ActivityEntryView(View):

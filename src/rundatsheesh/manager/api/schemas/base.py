@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 
@@ -20,6 +21,10 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel)
 
 
+class NoQuery(Query):
+    """No query parameters."""
+
+
 class View(BaseModel):
     """An answer. Handlers build the JSON themselves; this documents it, and tests compare both."""
 
@@ -30,6 +35,15 @@ class View(BaseModel):
 NO_NUL = r"^[^\x00]*$"
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 
+
+def _digits(value: object) -> object:
+    """Python's own idea of a number has underscores, blanks and decimal points."""
+    if isinstance(value, str) and not re.fullmatch(r"-?[0-9]+", value):
+        raise ValueError("must be an integer, in digits")
+    return value
+
+
+QueryInt = Annotated[int, BeforeValidator(_digits)]
 Text = Annotated[str, Field(pattern=NO_NUL)]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
 GuestPath = Annotated[str, Field(pattern=NO_NUL, min_length=1, max_length=4096)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rundatsheesh.manager.api.schemas.base import Body, Line, Query, Text, Timestamp, View
+from rundatsheesh.manager.api.schemas.base import Body, Line, Query, QueryInt, Text, Timestamp, View
 
 # Literals, because OpenAPI shows them; a test compares them with the model's enums.
 ShownState = Literal["CREATING", "STARTING", "RUNNING", "STOPPING", "STOPPED", "PAUSED", "ERROR"]
@@ -78,11 +78,11 @@ class ListVmsQuery(Query):
 
 class LogsQuery(Query):
     type: Literal["engine", "console"] = Field("engine", description="Which log.")
-    tail: int = Field(200, ge=1, le=10_000, description="Lines at most, the newest.")
+    tail: QueryInt = Field(200, ge=1, le=10_000, description="Lines at most, the newest.")
 
 
 class ExecLogsQuery(Query):
-    limit: int = Field(50, ge=1, le=1000, description="Entries at most, the newest.")
+    limit: QueryInt = Field(50, ge=1, le=1000, description="Entries at most, the newest.")
     type: CallTypeName | None = Field(None, description="Only calls of this type.")
 
 
