@@ -173,7 +173,18 @@ async def test_is_refused_with_its_reason(name: str) -> None:
     assert caught.value.message.isprintable() and len(caught.value.message) < 400
 
 
-@pytest.mark.parametrize("behind", [b"g", b"garbage", b"garbage behind the end", bytes(3), bytes(64), whole[:10], GOOD])
+BEHIND = {
+    "a byte": b"g",
+    "text": b"garbage",
+    "more text": b"garbage behind the end",
+    "zeros": bytes(3),
+    "more zeros": bytes(64),
+    "a beginning": whole[:10],
+    "another archive": GOOD,
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
 async def test_what_follows_the_archive_is_told_as_such(behind: bytes) -> None:
     with pytest.raises(InvalidInput, match="follows the archive"):
         await check(whole + behind, step=len(whole) + 1)
