@@ -10,7 +10,7 @@ from .job import CallFailed
 WORKSPACE = "/workspace"
 ALIAS = "/home/user"  # the same directory under its other name
 # What the kernel says of a path that was changed between two looks at it.
-CHANGED = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST)
+CHANGED = (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST, errno.EINVAL)
 
 
 def canonical(path: str) -> str:
@@ -29,7 +29,10 @@ def inside_workspace(path: str) -> str:
     there or not, so that the answer tells nothing about the rest of the file system.
     """
     root = os.path.realpath(WORKSPACE)
-    real = os.path.realpath(os.path.join(root, canonical(path)))
+    try:
+        real = os.path.realpath(os.path.join(root, canonical(path)))
+    except OSError:  # a link was exchanged between two looks at it
+        raise CallFailed("path_not_found", f"{path} was changed while it was looked for") from None
     if real != root and not real.startswith(root + "/"):
         raise CallFailed("path_outside_workspace", f"{path} is outside {WORKSPACE}")
     if not os.path.lexists(real):
