@@ -24,7 +24,7 @@ GATHER_S = 1.0
 # An open call is written after this long, so that one which the manager does not outlive is known as interrupted. One
 # that ends sooner costs one row, not two writes.
 OPEN_S = 0.1
-MAX_KEPT = MAX_PENDING // 2  # calls that wait for a full disk to have room again; the newest
+MAX_KEPT = 1024  # calls whose begin, and as many whose end, waits for a full disk to have room again; the newest
 PRUNE_EVERY = EXEC_LOG_PER_VM // 10  # calls of a VM between two prunings
 MOST_COUNTED = 1024  # VMs whose calls since then are counted, before those that are gone are looked for
 
@@ -179,7 +179,7 @@ class ExecLog:
         self._ended = {entry.id: entry for entry in ended} | self._ended
         dropped = 0
         for noted in (self._begun, self._ended):
-            for id_ in list(noted)[: max(0, len(noted) - MAX_KEPT // 2)]:
+            for id_ in list(noted)[: max(0, len(noted) - MAX_KEPT)]:
                 del noted[id_]
                 dropped += 1
         if dropped:
