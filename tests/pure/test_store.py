@@ -13,6 +13,7 @@ import pytest
 from api_support import open_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.engine import make_url
 from store_support import SPEC, reserve
 
 from rundatsheesh.manager.errors import Conflict, LimitReached, NotFound, StorageFull, Unavailable
@@ -25,6 +26,8 @@ from rundatsheesh.manager.model import (
     now,
 )
 from rundatsheesh.manager.store import Store, store
+from rundatsheesh.manager.store.database import _room
+from rundatsheesh.manager.store.room import Room
 
 
 @pytest.fixture
@@ -207,6 +210,12 @@ async def test_a_full_disk_is_told_as_such(opened: Store) -> None:
     with pytest.raises(StorageFull):
         for _ in range(200):
             await reserve(opened, replace(SPEC, name="n" * 128, labels={str(n): "v" * 200 for n in range(30)}))
+
+
+@pytest.mark.parametrize("url", ["postgresql://host/db", "sqlite://", "sqlite:///:memory:"])
+def test_only_a_database_in_a_file_of_ours_holds_room(url: str) -> None:
+    assert _room(make_url(url)) is None
+    assert _room(make_url("sqlite+aiosqlite:////root/x.db")) == Room(Path("/root/x.db"))
 
 
 async def test_records_survive_a_restart(tmp_path: Path) -> None:

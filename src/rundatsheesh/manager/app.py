@@ -25,7 +25,7 @@ from rundatsheesh.manager.disk.worker import Workers
 from rundatsheesh.manager.engines.base import Engine
 from rundatsheesh.manager.engines.gvisor import GVisor, GVisorConfig
 from rundatsheesh.manager.engines.qemu import Qemu, QemuConfig
-from rundatsheesh.manager.errors import HostError
+from rundatsheesh.manager.errors import HostError, StorageFull
 from rundatsheesh.manager.expiry import Expiry
 from rundatsheesh.manager.host import heap
 from rundatsheesh.manager.model import Overview
@@ -241,6 +241,10 @@ def _readiness(settings: Settings, host: VmHost) -> Readiness:
         return Readiness(False, "the guest image is missing: run `rds setup`")
     if not any(engine.available().usable for engine in host.engines.values()):
         return Readiness(False, "no engine can run on this host: see `rds doctor`")
+    try:
+        host.check_room()
+    except StorageFull as full:
+        return Readiness(False, f"{full.message}: {full.hint}")
     return Readiness(True)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Coroutine
 from functools import partial
 from typing import Any
 
-from rundatsheesh.manager.errors import RdsError
+from rundatsheesh.manager.errors import RdsError, StorageFull
 from rundatsheesh.manager.model import Healing, Leak, LeakKind, State, VmRecord
 from rundatsheesh.manager.store import Store
 from rundatsheesh.manager.vms import Vms
@@ -22,6 +22,7 @@ from rundatsheesh.manager.vms_audit import AT_REST, Attended, Site, audit, find_
 from rundatsheesh.manager.vms_host import VmHost
 from rundatsheesh.manager.vms_orphans import remove_orphan
 from rundatsheesh.manager.vms_recovery import CleanUp, VmRecovery
+from rundatsheesh.manager.vms_storage import VmStorage
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Reconciler:
         self._host = host
         self._vms = vms
         self._recovery = VmRecovery(store, host, vms)
+        self._storage = VmStorage(store, host, vms)
         self._site = Site(host.node, host.layout, host.network)
         self._one_round = asyncio.Lock()
         self._recovering: set[asyncio.Task[None]] = set()
@@ -45,7 +47,10 @@ class Reconciler:
     async def recover(self) -> None:
         """Once, before the first request. When it returns, nothing that was cut short is shown any more, and guests
         that answer are adopted; the rest goes on beside the requests, see `recovered`."""
-        await self._store.history.mark_interrupted(self._host.node.id)
+        try:
+            await self._store.history.mark_interrupted(self._host.node.id)
+        except StorageFull as error:  # that VMs live is no matter of what their history says
+            log.warning("calls that were cut short are not marked: %s", error)
         records = await self._store.list_all(self._host.node.id)
         decisions = {record.id: asyncio.Event() for record in records if record.state not in AT_REST}
         for record in records:
@@ -82,9 +87,11 @@ class Reconciler:
         return await audit(self._site, self._store, self._attended)
 
     async def round(self) -> Healing:
-        """Put rules back in force that somebody removed, heal what the audit finds, and look again."""
+        """Put rules back in force that somebody removed, heal what the audit finds, and look again. Before that, see
+        what a full disk has done."""
         await self.recovered()
         async with self._one_round:
+            await self._storage.look()
             await self._repair_networks()
             found = await self.audit()
             for leak in found:

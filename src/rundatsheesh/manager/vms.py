@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rundatsheesh.manager import vms_notes
+from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.engines.base import Engine
 from rundatsheesh.manager.errors import Forbidden, LimitReached, NotFound, RdsError, Unavailable
 from rundatsheesh.manager.model import (
@@ -120,7 +121,8 @@ class Vms:
             raise
 
     def plan(self, request: CreateVm) -> tuple[VmSpec, Engine]:
-        """What the caller asked for, made concrete. Raises InvalidInput, NotFound, Forbidden or Unavailable."""
+        """What the caller asked for, made concrete. Raises InvalidInput, NotFound, Forbidden or Unavailable, above all
+        StorageFull."""
         wanted = request.engine or (None if self._settings.engine == "auto" else self._settings.engine)
         engine = self._host.choose_engine(wanted)
         if request.snapshot_id is not None:
@@ -138,6 +140,7 @@ class Vms:
         )
         if spec.disk_mb > self._settings.max_disk_mb:
             raise Forbidden(f"diskSizeMb is at most {self._settings.max_disk_mb} (MAX_DISK_MB)", code="disk_too_large")
+        self._host.check_room()
         return spec, engine
 
     async def reserve(self, spec: VmSpec, engine: Engine, caller: Caller) -> VmRecord:
@@ -206,11 +209,13 @@ class Vms:
         return record
 
     async def start(self, vm_id: str, caller: Caller) -> None:
-        """From STOPPED or ERROR to RUNNING, with the same files. A failure ends in ERROR with its reason."""
+        """From STOPPED or ERROR to RUNNING, with the same files. A failure ends in ERROR with its reason; where the
+        host's disk is full, StorageFull is raised and the VM is as it was."""
         await self.to_its_end(self._start(vm_id, caller))
 
     async def _start(self, vm_id: str, caller: Caller) -> None:
         async with self.locks.hold(vm_id):
+            self._host.check_room(workspace.MOUNT_BYTES)
             record = await self._store.move(vm_id, STARTABLE, State.STARTING, reason=None)
             try:
                 await self._boot(record, State.STARTING, State.RUNNING)
@@ -221,12 +226,17 @@ class Vms:
 
     async def stop(self, vm_id: str, caller: Caller) -> None:
         """From RUNNING to STOPPED: processes end, files stay."""
-        await self.to_its_end(self._stop(vm_id, caller))
+        await self.to_its_end(self.stop_held(vm_id, caller))
 
-    async def _stop(self, vm_id: str, caller: Caller) -> None:
+    async def stop_held(
+        self, vm_id: str, caller: Caller, reason: str | None = None, *, only: RunningVm | None = None
+    ) -> None:
+        """`stop`, where a cancellation is somebody else's care. `only`: not where another one runs by now, or none."""
         async with self.locks.hold(vm_id):
+            if only is not None and self.running_vms.get(vm_id) is not only:
+                return
             record = await self._store.move(vm_id, {State.RUNNING}, State.STOPPING)
-            await self.finish_stop(record, self.running_vms.pop(vm_id, None), caller)
+            await self.finish_stop(record, self.running_vms.pop(vm_id, None), caller, reason)
 
     async def finish_stop(
         self, record: VmRecord, vm: RunningVm | None, caller: Caller, reason: str | None = None

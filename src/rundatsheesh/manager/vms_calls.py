@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +16,10 @@ from isal import isal_zlib
 from starlette.requests import ClientDisconnect
 
 from rundatsheesh.manager.disk.archive import UploadLimits, check_upload
-from rundatsheesh.manager.errors import InvalidInput, NotFound, RdsError
+from rundatsheesh.manager.errors import InvalidInput, NotFound, RdsError, StorageFull
 from rundatsheesh.manager.guest import CallResult, ExecRequest, Guest, ScriptRequest
 from rundatsheesh.manager.host import heap
+from rundatsheesh.manager.host.space import NO_ROOM
 from rundatsheesh.manager.model import (
     Caller,
     CallType,
@@ -152,8 +153,8 @@ class VmCalls:
         limits = UploadLimits(self._settings.max_upload_bytes, vm.record.spec.disk_mb << 20)
         async with self._logged(vm, "upload", dest, caller) as (outcome, guest), self._mover(vm, guest) as mover:
             outcome.bytes_in = 0
-            with tempfile.TemporaryFile(dir=self._host.layout.spool, buffering=1 << 20) as spool:
-                checked = await check_upload(_counted(body, outcome), cast(BinaryIO, spool), limits)
+            with _open_spool(self._host.layout.spool) as spool:
+                checked = await check_upload(_counted(body, outcome), spool, limits)
                 await (await mover.ready()).upload(dest, checked.manifest, checked.canonical_chunks())
             await _forget(outcome.bytes_in)
 
@@ -240,6 +241,23 @@ async def _forget(transferred: int) -> None:
     """Give back the memory that a large transfer has had, which the heap would keep."""
     if transferred > LARGE_TRANSFER:
         await asyncio.to_thread(heap.trim)
+
+
+@contextmanager
+def _open_spool(directory: Path) -> Iterator[BinaryIO]:
+    """A file that has no name and ends with the block. Raises StorageFull where the disk has no room for even that."""
+    try:
+        spool = tempfile.TemporaryFile(dir=directory, buffering=1 << 20)  # noqa: SIM115
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StorageFull(f"the host cannot keep the upload while it is checked: {error.strerror}") from error
+    try:
+        yield cast(BinaryIO, spool)
+    finally:
+        # On a full disk this fails to write what that had refused before, and is closed all the same.
+        with suppress(OSError):
+            spool.close()
 
 
 async def _prepend(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

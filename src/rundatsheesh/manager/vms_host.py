@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rundatsheesh.manager import vms_notes
+from rundatsheesh.manager.disk import workspace
 from rundatsheesh.manager.disk.worker import Workers
 from rundatsheesh.manager.engines import logs
 from rundatsheesh.manager.engines.base import Engine, VmFiles
@@ -70,6 +71,10 @@ class VmHost:
                 f"this host cannot run {wanted}: {availability.fact}", code="engine_unavailable", hint=hint
             )
         return engine
+
+    def check_room(self, least: int = workspace.HOST_RESERVE_BYTES) -> None:
+        """Raises StorageFull where the disk of the VMs has less room than this, by default than a new one needs."""
+        workspace.check_room(self.layout.vms, least)
 
     async def make_disk(self, record: VmRecord) -> None:
         files = self.files(record)

@@ -78,7 +78,7 @@ async def get_vm(request: Request, vm_id: VmId) -> Response:
 @router.patch(
     "/{vm_id:ident}",
     **operation(
-        "updateVm", "Extend or clear a VM's lifetime", body=UpdateVmBody, answer=VmView, errors=(*BODY_ERRORS, 404)
+        "updateVm", "Extend or clear a VM's lifetime", body=UpdateVmBody, answer=VmView, errors=(*BODY_ERRORS, 404, 503)
     ),
 )
 async def update_vm(request: Request, vm_id: VmId) -> Response:

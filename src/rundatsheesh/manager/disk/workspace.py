@@ -19,6 +19,7 @@ from pathlib import Path
 from rundatsheesh.manager.errors import HostError, StorageFull
 from rundatsheesh.manager.host import loops, memfile, mounts, process
 from rundatsheesh.manager.host.mounts import Flag
+from rundatsheesh.manager.host.space import NO_ROOM, free_bytes
 from rundatsheesh.manager.host.threads import in_thread
 from rundatsheesh.manager.model import GUEST_UID
 
@@ -26,11 +27,26 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 HOST_RESERVE_BYTES = 256 * MIB  # a new disk is refused when the host has less than this left
+# A disk that exists is not mounted with less: its journal, which may never have been written to, takes space then.
+MOUNT_BYTES = 32 * MIB
 FORMAT_TIMEOUT = 60.0  # seconds; measured 8 ms, most of it the start of the process
 UNMOUNT_TIMEOUT = 10.0
 RELEASE_TIMEOUT = 2.0
 # No background writes into an idle disk (noinit_itable), and deleted files free space on the host (discard).
 _MOUNT_OPTIONS = "noinit_itable,discard,errors=remount-ro"
+_FAILED = frozenset({"ro", "emergency_ro"})  # what that looks like; the second since Linux 6.15
+
+
+def check_room(directory: Path, least: int = HOST_RESERVE_BYTES) -> None:
+    """Raises StorageFull where the file system of this directory has less room than this, OSError."""
+    if free_bytes(directory) < least:
+        raise _full()
+
+
+def list_failed(directory: Path) -> list[Path]:
+    """Where beneath this directory disks are mounted that take no more writes since an error of the host's disk."""
+    mounted = (m for m in mounts.list_mounts() if m.target.is_relative_to(directory))
+    return [m.target for m in mounted if m.fstype == "ext4" and m.super_options & _FAILED]
 
 
 async def create(path: Path, size_mb: int) -> None:
@@ -100,9 +116,7 @@ async def _format(path: Path, size_mb: int, pass_fds: Sequence[int] = ()) -> Non
 
 
 def _make_sparse(path: Path, size: int) -> None:
-    free = os.statvfs(path.parent)
-    if free.f_bavail * free.f_frsize < HOST_RESERVE_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    check_room(path.parent)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         os.ftruncate(descriptor, size)
@@ -218,7 +232,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise _full() from error
         raise HostError(f"disk {path}: {error}") from error
     except process.ProcessError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network
 from typing import Any
 
 from sqlalchemy import Row, bindparam, delete, func, insert, or_, select, update
 
-from rundatsheesh.manager.errors import LimitReached, NotFound
+from rundatsheesh.manager.errors import LimitReached, NotFound, StorageFull
 from rundatsheesh.manager.model import ApiKey, Limits, Rights, Scope, Session, now
 from rundatsheesh.manager.store import schema
 from rundatsheesh.manager.store.database import Database, finish
@@ -34,7 +35,8 @@ class Credentials:
         """A token, known to nobody but its receiver, and the session it opens."""
         token, at = secrets.token_urlsafe(32), now()
         session = Session(email, at + SESSION_LIFE)
-        await finish(self._insert_session(hash_token(token), session, at))
+        digest = hash_token(token)
+        await self._database.insist(lambda: self._insert_session(digest, session, at))
         return token, session
 
     async def _insert_session(self, token_hash: str, session: Session, at: datetime) -> None:
@@ -59,7 +61,7 @@ class Credentials:
         return None if row is None else Session(row.email, row.expires_at)
 
     async def revoke_session(self, token: str) -> None:
-        await finish(self._revoke_session(hash_token(token)))
+        await self._database.insist(lambda: self._revoke_session(hash_token(token)))
 
     async def _revoke_session(self, token_hash: str) -> None:
         async with self._database.write() as db:
@@ -110,7 +112,7 @@ class Credentials:
 
     async def revoke_api_key(self, key_id: str) -> ApiKey:
         """Idempotent. Raises NotFound (`api_key_not_found`)."""
-        return await finish(self._revoke_api_key(key_id))
+        return await self._database.insist(lambda: self._revoke_api_key(key_id))
 
     async def _revoke_api_key(self, key_id: str) -> ApiKey:
         table = schema.api_keys
@@ -130,14 +132,15 @@ class Credentials:
         return _key(row)
 
     async def mark_used(self, used: Mapping[str, datetime]) -> None:
-        """Note when each key (by id) was last used."""
+        """Note when each key (by id) was last used. Not on a full disk: no call fails for this."""
         if used:
-            await finish(self._mark_used(used))
+            with suppress(StorageFull):
+                await finish(self._mark_used(used))
 
     async def _mark_used(self, used: Mapping[str, datetime]) -> None:
         table = schema.api_keys
         statement = update(table).where(table.c.id == bindparam("key")).values(last_used_at=bindparam("at"))
-        async with self._database.write() as db:
+        async with self._database.write(adds=True) as db:
             await db.execute(statement, [{"key": key, "at": at} for key, at in used.items()])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from rundatsheesh.manager.errors import HostError, StorageFull
+from rundatsheesh.manager.host.threads import in_thread
+from rundatsheesh.manager.store.room import Room
 from rundatsheesh.manager.store.schema import HEAD
 
 T = TypeVar("T")
@@ -28,19 +30,27 @@ _ASYNC_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycop
 class Database:
     """Writing transactions, and connections that read with one statement each, on one pool."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, room: Room | None = None) -> None:
+        """`room` is what the database has for itself, where its disk is one that we look after."""
         self._engine = engine
+        self._room = room
         self._writer = engine.execution_options(rds_write=True)
         # SQLite has one writer at a time: waiting here is fair and costs no thread, waiting in SQLite is a poll.
         self._turn: AbstractAsyncContextManager[Any] = asyncio.Lock() if _is_sqlite(engine.url) else nullcontext()
 
     @classmethod
     async def open(cls, url: str) -> Database:
-        """Connect and bring the schema up to date. Raises HostError when that cannot be, or when it is newer."""
+        """Connect and bring the schema up to date. Raises HostError when that cannot be, or when it is newer;
+        StorageFull when there is no room for a first one."""
         try:
-            database = cls(_create_engine(make_url(url)))
+            parsed = make_url(url)
+            room = _room(parsed)
+            if room is not None:
+                await in_thread(room.make_way)
+            database = cls(_create_engine(parsed), room)
             try:
                 await database._migrate()
+                await database.keep_room()
             except BaseException:
                 await database.close()
                 raise
@@ -82,15 +92,53 @@ class Database:
             yield connection
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction: committed when the block ends, rolled back when it raises. Raises StorageFull."""
+    async def write(self, *, adds: bool = False) -> AsyncIterator[AsyncConnection]:
+        """One transaction: committed when the block ends, rolled back when it raises. Raises StorageFull; one that
+        `adds` what can grow without end is refused before the disk is full, so that the others can go on."""
+        if adds and self._room is not None and self._room.is_short:
+            raise _full()
         try:
             async with self._turn, self._writer.begin() as connection:
                 yield connection
         except DBAPIError as error:
-            if "disk is full" in str(error.orig) or getattr(error.orig, "sqlstate", None) == SQLSTATE_DISK_FULL:
-                raise StorageFull("the disk of the server's database is full") from error
+            if self._is_full(error):
+                raise _full() from error
             raise
+
+    async def insist(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """`finish`, for what takes something away or ends it: where the disk is full, once more in the room kept for
+        that. Raises StorageFull."""
+        return await finish(self._insist(work))
+
+    async def _insist(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        try:
+            return await work()
+        except StorageFull:
+            if self._room is None:
+                raise
+            await in_thread(self._room.give_up)
+            await self._empty_log()
+            return await work()
+
+    async def _empty_log(self) -> None:
+        """Have SQLite write its log back into the database, as far as there is room, to begin it anew."""
+        async with self._turn, self._engine.connect() as connection:
+            with suppress(DBAPIError):
+                await connection.exec_driver_sql("PRAGMA wal_checkpoint")
+
+    async def keep_room(self) -> None:
+        """Hold again the room that was given up, where there is some. Now and then: what the log has is written back
+        as well, so that little of it makes the database grow when the disk becomes full."""
+        if self._room is not None:
+            await self._empty_log()
+            async with self._turn:
+                await in_thread(self._room.keep)
+
+    def _is_full(self, error: DBAPIError) -> bool:
+        if getattr(error.orig, "sqlstate", None) == SQLSTATE_DISK_FULL or "disk is full" in str(error.orig):
+            return True
+        # What SQLite says when it is not the log that cannot grow, but what it keeps beside it.
+        return "disk I/O error" in str(error.orig) and self._room is not None and self._room.is_short
 
     async def _migrate(self) -> None:
         async with self._engine.connect() as connection:
@@ -139,6 +187,16 @@ def _create_engine(url: URL) -> AsyncEngine:
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin)
     return engine
+
+
+def _full() -> StorageFull:
+    return StorageFull("the disk of the server's database is full", hint="free space on it, or destroy VMs")
+
+
+def _room(url: URL) -> Room | None:
+    """Where a database server looks after the data, its disk is none of ours."""
+    is_file = _is_sqlite(url) and url.database and url.database != ":memory:"
+    return Room(Path(str(url.database))) if is_file else None
 
 
 def _is_sqlite(url: URL) -> bool:

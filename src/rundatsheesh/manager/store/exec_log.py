@@ -11,6 +11,7 @@ from datetime import timedelta
 from itertools import chain
 from types import TracebackType
 
+from rundatsheesh.manager.errors import StorageFull
 from rundatsheesh.manager.model import Caller, CallType, ExecLogEntry, ExecLogPage, now
 from rundatsheesh.manager.store.history import EXEC_LOG_PER_VM, History
 
@@ -23,6 +24,7 @@ GATHER_S = 1.0
 # An open call is written after this long, so that one which the manager does not outlive is known as interrupted. One
 # that ends sooner costs one row, not two writes.
 OPEN_S = 0.1
+MAX_KEPT = 1024  # calls whose begin, and as many whose end, waits for a full disk to have room again; the newest
 PRUNE_EVERY = EXEC_LOG_PER_VM // 10  # calls of a VM between two prunings
 MOST_COUNTED = 1024  # VMs whose calls since then are counted, before those that are gone are looked for
 
@@ -31,6 +33,7 @@ class ExecLog:
     """Enter to start the writer task; leaving writes what is pending.
 
     When the database fails, the batch is dropped and counted in the log: a call never fails because of its history.
+    Where its disk is full, the batch waits for what is written next, as far as MAX_KEPT allows.
     """
 
     def __init__(self, history: History) -> None:
@@ -143,7 +146,8 @@ class ExecLog:
     async def _write(self, begun: list[ExecLogEntry], ended: list[ExecLogEntry]) -> None:
         surplus = [vm_id for vm_id, count in self._since_prune.items() if count >= PRUNE_EVERY]
         try:
-            await self._history.write_calls(begun, ended)
+            if not await self._write_or_keep(begun, ended):
+                return
             if surplus:
                 await self._history.prune_calls(surplus)
             await self._forget_gone()
@@ -160,6 +164,26 @@ class ExecLog:
         for vm_id in self._since_prune.keys() - present:
             del self._since_prune[vm_id]
         self._next_forgetting = max(MOST_COUNTED, 2 * len(self._since_prune))
+
+    async def _write_or_keep(self, begun: list[ExecLogEntry], ended: list[ExecLogEntry]) -> bool:
+        try:
+            await self._history.write_calls(begun, ended)
+        except StorageFull:
+            self._keep(begun, ended)
+            return False
+        return True
+
+    def _keep(self, begun: list[ExecLogEntry], ended: list[ExecLogEntry]) -> None:
+        """Put a batch back before what was noted meanwhile, the ends of its own calls among that."""
+        self._begun = {entry.id: self._ended.pop(entry.id, entry) for entry in begun} | self._begun
+        self._ended = {entry.id: entry for entry in ended} | self._ended
+        dropped = 0
+        for noted in (self._begun, self._ended):
+            for id_ in list(noted)[: max(0, len(noted) - MAX_KEPT)]:
+                del noted[id_]
+                dropped += 1
+        if dropped:
+            log.warning("execution log: %d entries are lost, the disk is full", dropped)
 
 
 def _patience(entry: ExecLogEntry) -> timedelta:

@@ -41,7 +41,7 @@ class History:
             "who": caller.who,
             "request_id": caller.request_id,
         }
-        await finish(self._record_activity(values))
+        await self._database.insist(lambda: self._record_activity(values))
 
     async def _record_activity(self, values: dict[str, Any]) -> None:
         table = schema.activity
@@ -68,7 +68,7 @@ class History:
 
     async def mark_interrupted(self, node_id: str) -> int:
         """At start-up: whatever still runs by the log ended with the manager that logged it. Returns how many."""
-        return await finish(self._mark_interrupted(node_id))
+        return await self._database.insist(lambda: self._mark_interrupted(node_id))
 
     async def _mark_interrupted(self, node_id: str) -> int:
         table = schema.exec_log
@@ -86,7 +86,7 @@ class History:
         await finish(self._write_calls(begun, ended))
 
     async def _write_calls(self, begun: Sequence[ExecLogEntry], ended: Sequence[ExecLogEntry]) -> None:
-        async with self._database.write() as db:
+        async with self._database.write(adds=True) as db:
             present = await _hold_present(db, {entry.vm_id for entry in begun}) if begun else set()
             if rows := [_row(entry) for entry in begun if entry.vm_id in present]:
                 await db.execute(insert(schema.exec_log), rows)

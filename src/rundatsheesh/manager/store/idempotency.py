@@ -47,7 +47,7 @@ class Idempotency:
 
     async def _begin(self, who: str, once: Once, owner: str, node_id: str) -> Creation | None:
         at = now()
-        async with self._database.write() as db:
+        async with self._database.write(adds=True) as db:
             await db.execute(delete(_table).where(_table.c.created_at <= at - REMEMBERED))
             row = (await db.execute(select(_table).where(_is(who, once)))).one_or_none()
             if row is None:

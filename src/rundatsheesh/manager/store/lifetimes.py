@@ -33,7 +33,7 @@ class Lifetimes:
             values["idle_timeout_ms"] = change.idle_timeout_ms
         table = schema.vms
         visible = table.c.state.not_in([state.value for state in HIDDEN])
-        async with self._database.write() as db:
+        async with self._database.write(adds=True) as db:
             statement = update(table).where(table.c.id == vm_id, visible).values(values).returning(table)
             row = (await db.execute(statement)).one_or_none()
         return None if row is None else from_row(row)
@@ -55,7 +55,7 @@ class Lifetimes:
 
     async def expire(self, vm_id: str, caller: Caller) -> VmRecord | None:
         """If its deadline has passed, the VM is nobody's any more: in DELETING, and its activity says why."""
-        return await finish(self._expire(vm_id, caller))
+        return await self._database.insist(lambda: self._expire(vm_id, caller))
 
     async def _expire(self, vm_id: str, caller: Caller) -> VmRecord | None:
         table, at = schema.vms, now()

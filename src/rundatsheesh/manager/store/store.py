@@ -78,6 +78,10 @@ class Store:
     async def close(self) -> None:
         await self._database.close()
 
+    async def keep_room(self) -> None:
+        """Let the database hold what it needs to delete things on a full disk, where it had to give that up."""
+        await self._database.keep_room()
+
     async def reserve(
         self,
         spec: VmSpec,
@@ -93,7 +97,8 @@ class Store:
         """A new record in CREATING (or WARM) with a slot of `block` that nobody else holds.
 
         Raises LimitReached when the node already has `max_vms` records, of callers or else of warm VMs, or the caller
-        as much as its limits allow; Unavailable when the block has no free slot. A cancelled call leaves no record.
+        as much as its limits allow; Unavailable when the block has no free slot, StorageFull when the database has no
+        room for more. A cancelled call leaves no record.
         """
         created = now()
         record = VmRecord(
@@ -113,13 +118,13 @@ class Store:
         try:
             return await finish(self._reserve(record, block, max_vms, caller))
         except asyncio.CancelledError:
-            await finish(self._delete(record.id))
+            await self.delete(record.id)
             raise
 
     async def _reserve(self, record: VmRecord, block: int, max_vms: int, caller: Caller) -> VmRecord:
         for attempt in range(RESERVE_ATTEMPTS):
             try:
-                async with self._database.write() as db:
+                async with self._database.write(adds=True) as db:
                     slot = await _take_slot(db, block)
                     warm = record.state is State.WARM
                     await _check_quota(db, record.node_id, max_vms, record.spec, None if warm else caller)
@@ -143,7 +148,7 @@ class Store:
 
     async def _claim(self, vm_id: str, spec: VmSpec, node_id: str, max_vms: int, caller: Caller) -> VmRecord | None:
         created = now()
-        async with self._database.write() as db:
+        async with self._database.write(adds=True) as db:
             await _check_quota(db, node_id, max_vms, spec, caller)
             statement = (
                 update(schema.vms)
@@ -169,7 +174,7 @@ class Store:
         Raises Conflict (`wrong_state`, `details.state`) from any other state and NotFound for an unknown VM; a VM in a
         hidden state is unknown unless `from_` names it.
         """
-        return await finish(self._move(vm_id, from_, to, changes))
+        return await self._database.insist(lambda: self._move(vm_id, from_, to, changes))
 
     async def _move(self, vm_id: str, from_: Collection[State], to: State, changes: VmChanges) -> VmRecord:
         async with self._database.write() as db:
@@ -219,7 +224,7 @@ class Store:
 
     async def delete(self, vm_id: str) -> None:
         """Forget the VM and its execution log, and free its slot. Idempotent."""
-        await finish(self._delete(vm_id))
+        await self._database.insist(lambda: self._delete(vm_id))
 
     async def _delete(self, vm_id: str) -> None:
         async with self._database.write() as db:
