@@ -286,7 +286,7 @@ def test_no_race_leads_a_worker_out(mortal: Server, canary: Path) -> None:
         assert box.upload(tgz({"swap.py": script.encode()})).status_code == 204
         box.exec("timeout 60 python3 swap.py > log 2>&1 & until [ -e race/d/file ]; do :; done")
         answers = [answer for _ in range(25) for answer in attempts(box)]
-        assert {answer.status_code for answer in answers} <= {200, 204, 400, 404}, [a.text[:200] for a in answers]
+        assert [answer.text for answer in answers if answer.status_code not in (200, 204, 400, 404)] == []
         assert {200, 204} <= {answer.status_code for answer in answers}
         for answer in answers:
             if answer.status_code == 200:
@@ -349,4 +349,5 @@ def _upload_for_ever(box: Box) -> None:
             params={"dest": "/workspace/never"},
             content=body(),
             headers={"X-API-Key": "dev-key", "content-type": "application/gzip"},
+            timeout=60,
         )

@@ -11,7 +11,7 @@ from server_support import Server, eventually, scale
 
 
 def public(server: Server, path: str) -> httpx.Response:
-    return httpx.get(server.url + path, follow_redirects=True)
+    return httpx.get(server.url + path, follow_redirects=True, timeout=60)
 
 
 @pytest.mark.parametrize("path", ["/", "/docs/", "/docs/api", "/swagger", "/openapi.json", "/health", "/health/ready"])

@@ -123,14 +123,14 @@ def test_what_was_acknowledged_survives_the_death_of_the_machine(mortal: Server,
 
 
 def test_sessions_and_keys_survive(mortal: Server) -> None:
-    with httpx.Client(base_url=mortal.url) as browser:
+    with httpx.Client(base_url=mortal.url, timeout=60) as browser:
         browser.post("/auth/login", json={"email": "admin@localhost", "password": "admin"}).raise_for_status()
         secret = browser.post("/v1/admin/api-keys", json={"name": "lasting"}).json()["secret"]
         token = browser.cookies["rds_session"]
     mortal.kill()
     mortal.start()
-    assert httpx.get(mortal.url + "/v1/vms", headers={"Cookie": f"rds_session={token}"}).status_code == 200
-    assert httpx.get(mortal.url + "/v1/vms", headers={"X-API-Key": secret}).status_code == 200
+    assert httpx.get(mortal.url + "/v1/vms", headers={"Cookie": f"rds_session={token}"}, timeout=60).status_code == 200
+    assert httpx.get(mortal.url + "/v1/vms", headers={"X-API-Key": secret}, timeout=60).status_code == 200
 
 
 def test_half_made_vms_are_cleaned_up(mortal: Server, engine: str) -> None:

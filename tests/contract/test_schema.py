@@ -29,7 +29,7 @@ EXAMPLES = 6
 
 
 def test_every_get_keeps_to_the_document(box: Box) -> None:
-    document = httpx.get(box.server.url + "/openapi.json").json()
+    document = httpx.get(box.server.url + "/openapi.json", timeout=60).json()
     tried = [
         probe(operation.ok(), box)
         for operation in schemathesis.openapi.from_dict(document).get_all_operations()

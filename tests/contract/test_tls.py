@@ -41,20 +41,20 @@ def test_calls_and_logins_go_over_tls(directory: Path, tmp_path: Path, dns: Dns)
         cookie = server.http.post("/auth/login", json=login).raise_for_status().headers["set-cookie"]
         assert "; Secure" in cookie and "HttpOnly" in cookie
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(server.url + "/health")
+            httpx.get(server.url + "/health", timeout=60)
         with pytest.raises(httpx.HTTPError):
-            httpx.get(server.url.replace("https:", "http:") + "/health")
+            httpx.get(server.url.replace("https:", "http:") + "/health", timeout=60)
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.load_verify_locations(cert)
         old.maximum_version = ssl.TLSVersion.TLSv1_2
-        assert httpx.get(server.url + "/health", verify=old).status_code == 200
+        assert httpx.get(server.url + "/health", verify=old, timeout=60).status_code == 200
 
 
 def test_the_cookie_is_secure_behind_a_proxy_that_speaks_tls(server: Server) -> None:
     login = {"email": "admin@localhost", "password": "admin"}
     through = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.7"}
-    plain = httpx.post(server.url + "/auth/login", json=login)
-    behind = httpx.post(server.url + "/auth/login", json=login, headers=through)
+    plain = httpx.post(server.url + "/auth/login", json=login, timeout=60)
+    behind = httpx.post(server.url + "/auth/login", json=login, headers=through, timeout=60)
     assert "; Secure" not in plain.headers["set-cookie"]
     assert "; Secure" in behind.headers["set-cookie"]
 

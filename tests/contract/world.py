@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-PORT = 7480
+PORT = 20_000 + os.getpid() % 10_000  # two runs of the tests at once have two
 GREETER = """
 import http.server, socketserver, sys
 class Greeter(http.server.BaseHTTPRequestHandler):

@@ -180,7 +180,8 @@ def running_vm(server: Server) -> str | None:
 
 
 def create_vm(base_url: str) -> str:
-    answer = httpx.post(f"{base_url}/v1/vms", headers=KEY, json={"cpu": 1, "memMb": 128, "allowIps": []})
+    new = {"cpu": 1, "memMb": 128, "allowIps": []}
+    answer = httpx.post(f"{base_url}/v1/vms", headers=KEY, json=new, timeout=60)
     return str(answer.json()["id"])
 
 
@@ -188,7 +189,7 @@ def create_vm(base_url: str) -> str:
 def test_generated_requests_never_break_the_server(tmp_path: Path, negative: bool) -> None:
     """No operation fails on our side, and each answer is as the document says."""
     with listening(tmp_path) as (server, base_url):
-        document = without_long_limits(httpx.get(f"{base_url}/openapi.json").json())
+        document = without_long_limits(httpx.get(f"{base_url}/openapi.json", timeout=60).json())
         for found in schemathesis.openapi.from_dict(document).get_all_operations():
             operation = found.ok()
             if not negative or can_be_wrong(operation):
