@@ -16,7 +16,7 @@ from rundatsheesh.manager.vms import Images, Vms
 
 def plan(directory: Path, default: str | None, wanted: str | None) -> str:
     """The image that is chosen; `known` exists besides the default."""
-    host = SimpleNamespace(choose_engine=lambda _: SimpleNamespace(name="gvisor"))
+    host = SimpleNamespace(choose_engine=lambda _: SimpleNamespace(name="gvisor"), check_room=lambda: None)
     images = Images(lambda: default, lambda image_id: image_id in ("known", default))
     vms = Vms(make_settings(directory), cast(Any, None), cast(Any, host), images)
     return vms.plan(CreateVm(cpu=1, mem_mb=128, allow_ips=(), image_id=wanted))[0].image_id

@@ -6,9 +6,14 @@ them grow to, whether a manager runs or not. STORAGE_ROOT holds a link to them m
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+
+from rundatsheesh.manager.host.space import NO_ROOM
+
+log = logging.getLogger(__name__)
 
 KEEP_BYTES = 256 << 10  # of a log, after the guest has ended
 TRIM_BYTES = 512 << 10  # a running guest's log that has this many is cut to its last KEEP_BYTES
@@ -31,13 +36,21 @@ def open_log(kept: Path, live: Path) -> None:
 
 
 def settle_log(kept: Path, live: Path) -> None:
-    """Replace the link by the log's tail, where there is a link. Idempotent."""
+    """Replace the link by the log's tail, where there is a link. On a full disk the log ends with its guest: nothing
+    that is to be taken away may wait for room. Idempotent."""
     if not kept.is_symlink():
         return
     new = kept.with_name(kept.name + ".new")
     new.unlink(missing_ok=True)
-    new.write_bytes(read_tail(live, KEEP_BYTES))
-    new.replace(kept)
+    try:
+        new.write_bytes(read_tail(live, KEEP_BYTES))
+        new.replace(kept)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        log.warning("no room for %s", kept)
+        new.unlink(missing_ok=True)
+        kept.unlink()
 
 
 def note(kept: Path, text: str) -> bool:
