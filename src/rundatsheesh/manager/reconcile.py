@@ -149,7 +149,7 @@ class Reconciler:
         """One that fails keeps none of the others from being healed."""
         try:
             if leak.vm_id is None:
-                await remove_orphan(self._site, leak)
+                await remove_orphan(self._site, leak, self._store)
             else:
                 await self._recovery.settle(leak.vm_id, partial(self._remove, leak))
         except (RdsError, OSError) as error:
@@ -157,4 +157,4 @@ class Reconciler:
 
     async def _remove(self, leak: Leak) -> None:
         if leak.kind is not LeakKind.RECORD:
-            await remove_orphan(self._site, leak)
+            await remove_orphan(self._site, leak, self._store)

@@ -8,22 +8,28 @@ from pathlib import Path
 
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host import loops, mounts
-from rundatsheesh.manager.model import Leak, LeakKind
+from rundatsheesh.manager.model import Leak, LeakKind, Slot
 from rundatsheesh.manager.net.links import slot_of
-from rundatsheesh.manager.vms_audit import NETWORK_KINDS, Site
+from rundatsheesh.manager.store import Store
+from rundatsheesh.manager.vms_audit import AT_REST, NETWORK_KINDS, Site
 
 
-async def remove_orphan(site: Site, leak: Leak) -> None:
-    """Idempotent: what is gone already, perhaps with another leak of the same VM, is fine. Raises HostError or OSError
-    for what cannot be removed."""
+async def remove_orphan(site: Site, leak: Leak, store: Store) -> None:
+    """Idempotent: what is gone already, perhaps with another leak of the same VM, is fine. A slot that a new VM was
+    given since the audit is that VM's. Raises HostError or OSError for what cannot be removed."""
     if leak.kind in NETWORK_KINDS:
         slot = slot_of(leak.name)
         if slot is not None:
-            await site.network.detach(slot)
+            await site.network.detach(slot, unless=lambda: _runs_in(slot, site, store))
     elif leak.kind in (LeakKind.PROCESS, LeakKind.CGROUP):
         await asyncio.to_thread(_end_group, site, leak)
     else:
         await asyncio.to_thread(_REMOVE[leak.kind], site, Path(leak.name))
+
+
+async def _runs_in(slot: Slot, site: Site, store: Store) -> bool:
+    records = await store.list_all(site.node.id)
+    return any(record.slot == slot and record.state not in AT_REST for record in records)
 
 
 def _end_group(site: Site, leak: Leak) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Literal
@@ -88,11 +88,12 @@ class Network:
             await self._firewall.put(slot, policy)
             self._resolver.put(slot, policy)
 
-    async def detach(self, slot: Slot) -> None:
+    async def detach(self, slot: Slot, *, unless: Callable[[], Awaitable[bool]] | None = None) -> None:
         """Undo `attach`, from any state, as often as wanted. Returns when link, namespace, connections and rules are
-        gone."""
+        gone. `unless` is asked when nobody attaches the slot: whether it has an owner by now, and stays as it is."""
         async with self._locks[slot]:
-            await self._detach(slot)
+            if unless is None or not await unless():
+                await self._detach(slot)
 
     async def adopt(self, slot: Slot, policy: EgressPolicy, *, look: bool = True) -> None:
         """Take over a VM that an earlier manager attached, or repair one of ours: rules, addresses, names. Raises
