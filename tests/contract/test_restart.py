@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,12 @@ def assert_adopted(mortal: Server, engine: str, end: Callable[[], object]) -> No
     assert mortal.traces() == []
 
 
+def is_written(server: Server, input_: str) -> bool:
+    """Without asking the server, which would write it for that."""
+    with contextlib.closing(sqlite3.connect(f"file:{server.storage / 'rds.db'}?mode=ro", uri=True)) as database:
+        return bool(database.execute("SELECT 1 FROM exec_log WHERE input = ?", (input_,)).fetchall())
+
+
 def test_a_call_that_was_open_is_told_in_the_log(mortal: Server, engine: str) -> None:
     box = mortal.create(engine)
     try:
@@ -70,6 +77,7 @@ def test_a_call_that_was_open_is_told_in_the_log(mortal: Server, engine: str) ->
         caller = threading.Thread(target=call)
         caller.start()
         eventually(lambda: "on" in box.output("ls"), box.scale(10), "the command runs")
+        eventually(lambda: is_written(mortal, "touch on; sleep 99"), box.scale(10), "its beginning is on the disk")
         mortal.kill()
         caller.join()
         assert broken
