@@ -41,7 +41,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-ANSWER_GRACE = 20.0  # seconds after a command's deadline in which the guest must have killed it and answered
+ANSWER_GRACE = 45.0  # seconds after a command's deadline in which the guest must have killed it and answered
 KILLED = 137
 CLOCK_NS = 50_000_000  # by which a guest's clock may be behind
 CLOCK_ATTEMPTS = 20
