@@ -9,7 +9,7 @@ import pytest
 from net_lab import lab, shell
 
 from rundatsheesh.manager.errors import NetworkError, Unavailable
-from rundatsheesh.manager.net.blocks import BLOCKS, claim_block
+from rundatsheesh.manager.net.blocks import BLOCKS, claim_block, is_claimed
 
 
 def node(tmp_path: Path, name: str) -> tuple[str, Path]:
@@ -44,6 +44,21 @@ async def test_block_is_free_again_when_its_storage_is_gone_and_no_link_is_left(
         assert claim_block(*two, host_directory=tmp_path) == 1
         shell("ip link del rds0-300")
         assert claim_block(*three, host_directory=tmp_path) == 0
+
+
+async def test_whose_block_it_is_shows_when_another_has_it(tmp_path: Path) -> None:
+    """A manager may run whose storage was taken away."""
+    async with lab():
+        one, two = node(tmp_path, "node-one"), node(tmp_path, "node-two")
+        assert claim_block(*one, host_directory=tmp_path) == 0
+        assert is_claimed("node-one", 0, host_directory=tmp_path)
+        (one[1] / "node.json").unlink()
+        assert is_claimed("node-one", 0, host_directory=tmp_path)
+        assert claim_block(*two, host_directory=tmp_path) == 0
+        assert not is_claimed("node-one", 0, host_directory=tmp_path)
+        assert is_claimed("node-two", 0, host_directory=tmp_path)
+        (tmp_path / "blocks/0").unlink()
+        assert is_claimed("node-one", 0, host_directory=tmp_path)
 
 
 async def test_storage_that_became_another_nodes_frees_the_block(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rundatsheesh.manager.errors import HostError
 from rundatsheesh.manager.host import loops, mounts
+from rundatsheesh.manager.host.threads import in_thread
 from rundatsheesh.manager.model import Leak, LeakKind, Slot
+from rundatsheesh.manager.net.blocks import is_claimed
 from rundatsheesh.manager.net.links import slot_of
 from rundatsheesh.manager.store import Store
 from rundatsheesh.manager.vms_audit import AT_REST, NETWORK_KINDS, Site
@@ -16,18 +18,21 @@ from rundatsheesh.manager.vms_audit import AT_REST, NETWORK_KINDS, Site
 
 async def remove_orphan(site: Site, leak: Leak, store: Store) -> None:
     """Idempotent: what is gone already, perhaps with another leak of the same VM, is fine. A slot that a new VM was
-    given since the audit is that VM's. Raises HostError or OSError for what cannot be removed."""
+    given since the audit is that VM's, and in a block that another server has everything is that server's. Raises
+    HostError or OSError for what cannot be removed."""
     if leak.kind in NETWORK_KINDS:
         slot = slot_of(leak.name)
         if slot is not None:
-            await site.network.detach(slot, unless=lambda: _runs_in(slot, site, store))
+            await site.network.detach(slot, unless=lambda: _is_somebodys(slot, site, store))
     elif leak.kind in (LeakKind.PROCESS, LeakKind.CGROUP):
         await asyncio.to_thread(_end_group, site, leak)
     else:
         await asyncio.to_thread(_REMOVE[leak.kind], site, Path(leak.name))
 
 
-async def _runs_in(slot: Slot, site: Site, store: Store) -> bool:
+async def _is_somebodys(slot: Slot, site: Site, store: Store) -> bool:
+    if not await in_thread(is_claimed, site.node.id, slot.block):
+        raise HostError(f"block {slot.block} is another server's by now", hint="start this server anew")
     records = await store.list_all(site.node.id)
     return any(record.slot == slot and record.state not in AT_REST for record in records)
 

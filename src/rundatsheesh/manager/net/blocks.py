@@ -52,6 +52,13 @@ def claim_block(
     return block
 
 
+def is_claimed(node_id: str, block: int, *, host_directory: Path = HOST_DIRECTORY) -> bool:
+    """Whether the block is still this node's. When the node's storage was taken away under a manager that runs, another
+    one may have it by now. A claim that was lost is nobody else's."""
+    claim = _read(host_directory / "blocks" / str(block))
+    return claim is None or claim.node_id == node_id
+
+
 def _choose(claim: _Claim, claims: dict[int, _Claim | None], preferred: int | None) -> int:
     own = [number for number, other in claims.items() if other and other.node_id == claim.node_id]
     if own:
