@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +138,21 @@ def test_killing_leaves_no_process_frozen_or_not_forking_or_not(group: Cgroup, l
         assert group.pids() == []
         assert not is_frozen(group)
     group.kill()
+
+
+def test_killing_what_somebody_removes_is_fine(group: Cgroup, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where two end a VM at once."""
+
+    def removed_meanwhile(directory: Path, line: str, timeout: float) -> None:
+        with open(directory / "cgroup.events") as events:
+            group.remove()
+            events.read()
+
+    monkeypatch.setattr(group, "_wait_for_event", removed_meanwhile)
+    launch(group, SPIN)
+    until(partial(is_inhabited, group))
+    group.kill()
+    assert group.pids() == []
 
 
 def test_killing_touches_nobody_else(groups: Cgroups, launch: Launch) -> None:

@@ -178,9 +178,13 @@ class Cgroup:
                     os.close(pidfd)
             if time.monotonic() > deadline:
                 raise HostError(f"{len(self.pids())} processes of {self.path} do not die")
-        if self._v2 is not None and self._v2.is_dir():
+        if self._v2 is not None:
             # A process is not listed any more as soon as it begins to exit; it still holds files and mounts then.
-            self._wait_for_event(self._v2, "populated 0", KILL_TIMEOUT)
+            try:
+                self._wait_for_event(self._v2, "populated 0", KILL_TIMEOUT)
+            except OSError as error:
+                if error.errno not in _ABSENT:  # somebody else killed them too, and has removed it
+                    raise
         self.thaw()  # or whoever enters next would stand still
 
     def remove(self) -> None:
