@@ -204,7 +204,9 @@ class Cgroup:
         file = v1 / "memory.oom_control" if v1 is not None else self._v2_file("memory.events")
         try:
             return _read_keyed(file).get("oom_kill", 0)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
             return 0
 
     def memory_peak(self) -> int | None:
