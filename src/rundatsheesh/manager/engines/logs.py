@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,13 +77,14 @@ def note(kept: Path, text: str) -> bool:
 
 
 def trim_log(live: Path) -> None:
-    """Make room in the log of a running guest. Writers append, so they go on at the new end."""
-    if live.exists() and live.stat().st_size > TRIM_BYTES:
-        tail = read_tail(live, KEEP_BYTES)
-        with open(live, "r+b") as file:
-            file.truncate(0)
-        with open(live, "ab") as file:
-            file.write(tail)
+    """Make room in the log of a running guest, where there is one. Writers append, so they go on at the new end."""
+    with suppress(FileNotFoundError):  # the guest may be taken away meanwhile
+        if live.stat().st_size > TRIM_BYTES:
+            tail = read_tail(live, KEEP_BYTES)
+            with open(live, "r+b") as file:
+                file.truncate(0)
+            with open(live, "ab") as file:
+                file.write(tail)
 
 
 def read_tail(path: Path, size: int) -> bytes:
