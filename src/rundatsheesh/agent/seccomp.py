@@ -24,6 +24,7 @@ ERRNO = 0x00050000  # and the number
 # All of clone(2)'s and unshare(2)'s CLONE_NEW*, and the one that unshare alone knows.
 NAMESPACES = 0x7E020000
 NEWTIME = 0x80
+_S_IFMT = 0o170000  # of a mode: the kind of file, inode(7)
 X32 = 0x40000000  # in the number of a call: another architecture's
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables, <linux/audit.h>
@@ -125,7 +126,7 @@ def _unless_flags(refused: int) -> list[bytes]:
 def _unless_device(mode: int) -> list[bytes]:
     return [
         _step(_LOAD, _argument(mode)),
-        _step(_AND, stat.S_IFMT(0xFFFF)),
+        _step(_AND, _S_IFMT),
         *_where(_EQUAL, stat.S_IFCHR, _refuse(errno.EPERM)),
         *_where(_EQUAL, stat.S_IFBLK, _refuse(errno.EPERM)),
         _step(_RETURN, ALLOW),
