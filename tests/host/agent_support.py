@@ -28,8 +28,9 @@ AGENT = Path(rundatsheesh.agent.__file__).parent
 PYTHON = "/usr/bin/python3"
 MAX_OUTPUT = 1 << 20
 # Natively the guests' user is one of the host's, and its limit of processes counts all that it has there, in whatever
-# run of the tests. Each native agent holds this file for itself and others, and alone where the limit is to be reached.
-USER_LOCK = Path("/run/rdst-user.lock")
+# run of the tests. Each native agent holds this for itself and others, and alone where the limit is to be reached. A
+# directory that every host has, so that no file is left for the lock.
+USER_LOCK = Path("/run/lock")
 CAPABILITIES = ["CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_SETPCAP"]
 
 # $1 is the directory of the test. The new root shows this system's programs and nothing of its files. Its shells begin
@@ -113,7 +114,7 @@ class UserLock:
     def shared(self) -> Iterator[None]:
         """While there is a native agent; waits for who has the user alone."""
         if self._holders == 0:
-            self._fd = os.open(USER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(USER_LOCK, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._fd, fcntl.LOCK_SH)
         self._holders += 1
         try:
